@@ -1,0 +1,106 @@
+// Chooses the kernel table: what the machine can run (CPUID), what FASTRNN_ISA asks for, what force() demands.
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../cells.h"
+
+// The library hides its symbols; these are the ones that the Python module links against.
+#define FASTRNN_EXPORT __attribute__((visibility("default")))
+
+namespace fastrnn {
+namespace {
+
+bool runs_here(const char* isa) {
+#ifdef FASTRNN_X86
+  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (!std::strcmp(isa, "avx2")) return avx2;
+  if (!std::strcmp(isa, "avx512"))
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+  return !std::strcmp(isa, "scalar");
+}
+
+const Kernels* find(const char* isa) {
+  const Kernels* tables[8];
+  for (int i = 0, n = available(tables); i < n; ++i)
+    if (!std::strcmp(tables[i]->isa, isa)) return tables[i];
+  return nullptr;
+}
+
+// The environment is read once, at first use.
+struct Default {
+  const Kernels* table = nullptr;
+  std::string rejected;
+
+  Default() {
+    const char* wanted = std::getenv("FASTRNN_ISA");
+    if (wanted && *wanted) {
+      table = find(wanted);
+      if (!table) rejected = wanted;
+    }
+    if (!table) {
+      const Kernels* tables[8];
+      table = tables[available(tables) - 1];
+    }
+  }
+};
+
+const Default& standard() {
+  static const Default value;
+  return value;
+}
+
+std::atomic<const Kernels*> forced{nullptr};
+
+}  // namespace
+
+FASTRNN_EXPORT int available(const Kernels** out) {
+  const Kernels* const compiled[] = {
+      &scalar::table,
+#ifdef FASTRNN_X86
+      &avx2::table,
+      &avx512::table,
+#endif
+  };
+  int n = 0;
+  for (const Kernels* table : compiled)
+    if (runs_here(table->isa)) out[n++] = table;
+  return n;
+}
+
+FASTRNN_EXPORT const Kernels& current() {
+  const Kernels* table = forced.load(std::memory_order_acquire);
+  return table ? *table : *standard().table;
+}
+
+FASTRNN_EXPORT bool force(const char* isa) {
+  const Kernels* table = *isa ? find(isa) : nullptr;
+  if (*isa && !table) return false;
+  forced.store(table, std::memory_order_release);
+  return true;
+}
+
+FASTRNN_EXPORT const char* rejected_environment() {
+  const std::string& rejected = standard().rejected;
+  return rejected.empty() ? nullptr : rejected.c_str();
+}
+
+FASTRNN_EXPORT const CellTraits& traits(CellKind kind) {
+  static const std::vector<CellTraits> all = [] {
+    std::vector<CellTraits> list;
+    for_each_cell([&](auto cell) { list.push_back(traits_of<decltype(cell)>()); });
+    return list;
+  }();
+  for (const CellTraits& cell : all)
+    if (cell.kind == kind) return cell;
+  std::abort();  // every CellKind has a cell in cells.h
+}
+
+}  // namespace fastrnn

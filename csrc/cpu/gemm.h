@@ -1,0 +1,229 @@
+// Packed weights, and the one micro-kernel every product goes through: input projection, recurrence, the dh chain, dx.
+//
+// The right-hand matrix [K, C] is packed into groups of up to four vectors of columns: group g holds [K][vectors][lanes],
+// zero-padded. A tile is M rows by one group; its accumulators stay in registers.
+//
+// Summation order, which fixes the bits: for every output, k runs upwards in blocks of `k_block`, each block summed from
+// zero by fma, the block sums added in order. It depends on K alone: not on the rows around, the tile, or the threads.
+// Short blocks also keep the error of long sums near that of pairwise summation.
+
+constexpr int64_t k_block = 128;
+constexpr int group_vectors = 4;
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+FASTRNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTRNN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// sum[m][v] = sum over k of a[m * lda + k] * b[k][v].
+template <int M, int N, class V>
+FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda, const typename V::T* b, int64_t K) {
+  constexpr int W = V::lanes;
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) sum[m][v] = V::set(0);
+  for (int64_t begin = 0; begin < K; begin += k_block) {
+    V part[M][N];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) part[m][v] = V::set(0);
+    const int64_t end = smaller(begin + k_block, K);
+    for (int64_t k = begin; k < end; ++k) {
+      V right[N];
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) right[v] = V::load(b + (k * N + v) * W);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const V left = V::set(a[m * lda + k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) part[m][v] = fma(left, right[v], part[m][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) sum[m][v] = sum[m][v] + part[m][v];
+  }
+}
+
+// Calls f(Int<M>, i) for tiles of M = tile_rows, then of ever fewer rows, until n rows are covered.
+template <int M, class F>
+FASTRNN_INLINE void over_rows(int64_t i, int64_t n, const F& f) {
+  for (; i + M <= n; i += M) f(Int<M>{}, i);
+  if constexpr (M > 1) over_rows<(M > 4 ? 4 : M > 2 ? 2 : 1)>(i, n, f);
+}
+
+// Calls f(Int<N>, vector) for each group of N <= U * G vectors: whole groups of U blocks of G vectors, then the rest.
+template <int U, int G, class F>
+FASTRNN_INLINE void over_groups(int64_t block, int64_t blocks, const F& f) {
+  for (; block + U <= blocks; block += U) f(Int<U>{}, block);
+  if constexpr (U > 1) over_groups<(U > 2 ? 2 : 1), G>(block, blocks, f);
+}
+
+// How one packed matrix is cut: `blocks` blocks of G vectors (the gates of one vector of hidden units, or single
+// columns when G is 1), U blocks to a group. The groups follow each other, so block j starts at j * G * lanes * K.
+template <class V, int G>
+struct Packed {
+  using T = typename V::T;
+  static constexpr int W = V::lanes;
+  static constexpr int U = group_vectors / G > 0 ? group_vectors / G : 1;
+
+  T* data = nullptr;
+  int64_t K = 0;
+  int64_t blocks = 0;
+
+  static int64_t count(int64_t K, int64_t units) { return ceil_div(units, W) * G * W * K; }
+  const T* group(int64_t block) const { return data + block * G * W * K; }
+};
+
+// How the caller's dtype is read and written, one run of n values at a time.
+template <class T>
+struct Storage {
+  int64_t size;
+  bool rounds;  // narrower than T: what was stored is not what was computed
+  void (*widen)(const void* from, T* to, int64_t n);
+  void (*narrow)(const T* from, void* to, int64_t n);
+};
+
+template <class T>
+static void copy_values(const void* from, T* to, int64_t n) {
+  __builtin_memcpy(to, from, size_t(n) * sizeof(T));
+}
+template <class T>
+static void store_values(const T* from, void* to, int64_t n) {
+  __builtin_memcpy(to, from, size_t(n) * sizeof(T));
+}
+static void widen_bf16(const void* from, float* to, int64_t n) {
+  const uint16_t* p = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+#ifdef FASTRNN_ISA_WIDE
+  for (; i + f32::lanes <= n; i += f32::lanes) load_bf16(p + i).store(to + i);
+#endif
+  for (; i < n; ++i) to[i] = from_bf16(p[i]);
+}
+static void narrow_bf16(const float* from, void* to, int64_t n) {
+  uint16_t* p = static_cast<uint16_t*>(to);
+  int64_t i = 0;
+#ifdef FASTRNN_ISA_WIDE
+  for (; i + f32::lanes <= n; i += f32::lanes) store_bf16(p + i, f32::load(from + i));
+#endif
+  for (; i < n; ++i) p[i] = to_bf16(from[i]);
+}
+static void widen_f16(const void* from, float* to, int64_t n) {
+  const uint16_t* p = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+#ifdef FASTRNN_ISA_WIDE
+  for (; i + f32::lanes <= n; i += f32::lanes) load_f16(p + i).store(to + i);
+#endif
+  for (; i < n; ++i) to[i] = from_f16(p[i]);
+}
+static void narrow_f16(const float* from, void* to, int64_t n) {
+  uint16_t* p = static_cast<uint16_t*>(to);
+  int64_t i = 0;
+#ifdef FASTRNN_ISA_WIDE
+  for (; i + f32::lanes <= n; i += f32::lanes) store_f16(p + i, f32::load(from + i));
+#endif
+  for (; i < n; ++i) p[i] = to_f16(from[i]);
+}
+
+template <class T>
+static Storage<T> storage_of(Dtype dtype) {
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == Dtype::bf16) return {2, true, widen_bf16, narrow_bf16};
+    if (dtype == Dtype::f16) return {2, true, widen_f16, narrow_f16};
+  }
+  return {int64_t(sizeof(T)), false, copy_values<T>, store_values<T>};
+}
+
+// Where column c, depth k of a packed matrix comes from. Gate v of unit i reads row block gate[v] of a torch weight.
+//   transposed: element (gate[v] * H + i) * ld + k, a weight row becomes a column (input projection, recurrence)
+//   else: element k_row(k) * ld + i, rows stay rows (the dh chain, dx): G is 1, k = s * H + r reads row gate[s] * H + r
+struct Source {
+  const void* data;
+  int64_t ld;
+  int64_t units;  // H for a transposed source, the number of columns for the other
+  int64_t H;
+  bool transposed;
+  int gate[4];
+};
+
+// Transposes lanes x lanes values: zipping row i with row i + lanes / 2, log2(lanes) times over.
+template <class V>
+FASTRNN_INLINE void transpose(V (&rows)[V::lanes]) {
+  constexpr int W = V::lanes;
+#pragma GCC unroll 4
+  for (int stage = 1; stage < W; stage *= 2) {
+    V next[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = zip_low(rows[i], rows[i + W / 2]);
+      next[2 * i + 1] = zip_high(rows[i], rows[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
+// Weight rows rows[0, n) of K values become lanes: out[k * ld + lane], lanes past n zero.
+template <class V>
+static void pack_columns(const typename V::T* const* rows, int64_t n, int64_t K, typename V::T* out, int64_t ld) {
+  constexpr int W = V::lanes;
+  int64_t k = 0;
+  for (; k + W <= K; k += W) {
+    V square[W];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) square[lane] = lane < n ? V::load(rows[lane] + k) : V::set(0);
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) square[i].store(out + (k + i) * ld);
+  }
+  for (; k < K; ++k)
+    for (int64_t lane = 0; lane < W; ++lane) out[k * ld + lane] = lane < n ? rows[lane][k] : 0;
+}
+
+// Packs groups [begin, end) of U blocks each. scratch: lanes * K values.
+template <class V, int G>
+static void pack(const Packed<V, G>& to, const Source& from, const Storage<typename V::T>& storage, int64_t begin,
+                 int64_t end, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int W = V::lanes, U = Packed<V, G>::U;
+  const int64_t K = to.K;
+  const char* data = static_cast<const char*>(from.data);
+  for (int64_t first = begin * U; first < end * U && first < to.blocks;) {
+    const int64_t left = to.blocks - first;
+    const int64_t blocks = left >= U ? U : left >= 2 && U > 2 ? 2 : 1;  // as over_groups cuts them
+    T* group = to.data + first * G * W * K;
+    const int64_t N = blocks * G;
+    for (int64_t u = 0; u < blocks; ++u)
+      for (int g = 0; g < G; ++g) {
+        const int64_t unit = (first + u) * W;
+        const int64_t n = smaller(W, from.units - unit);
+        T* out = group + (u * G + g) * W;
+        if (from.transposed) {
+          const T* rows[W];
+          for (int64_t lane = 0; lane < n; ++lane) {
+            const char* row = data + (from.gate[g] * from.H + unit + lane) * from.ld * storage.size;
+            rows[lane] = reinterpret_cast<const T*>(row);
+            if (storage.rounds) {
+              storage.widen(row, scratch + lane * K, K);
+              rows[lane] = scratch + lane * K;
+            }
+          }
+          pack_columns<V>(rows, n, K, out, N * W);
+        } else {
+          for (int64_t k = 0; k < K; ++k) {
+            const int64_t row = from.gate[k / from.H] * from.H + k % from.H;
+            storage.widen(data + (row * from.ld + unit) * storage.size, out + k * N * W, n);
+            for (int64_t lane = n; lane < W; ++lane) out[k * N * W + lane] = 0;
+          }
+        }
+      }
+    first += blocks;
+  }
+}

@@ -1,0 +1,72 @@
+// Instantiates the passes for every cell and compute type into one table for the ISA of the including file.
+//
+// Included with FASTRNN_NAMESPACE (and FASTRNN_ISA_AVX2 or FASTRNN_ISA_AVX512) set. Everything but the table lies in an
+// anonymous namespace: no symbol built with wide instructions can be picked by the linker for another tier, and no
+// standard header that defines inline functions is included.
+#include <cstdint>
+#if defined(FASTRNN_ISA_AVX2) || defined(FASTRNN_ISA_AVX512)
+#include <immintrin.h>
+#define FASTRNN_ISA_WIDE
+#endif
+
+#include "../cells.h"
+#include "dispatch.h"
+#include "workspace.h"
+
+namespace fastrnn::FASTRNN_NAMESPACE {
+namespace {
+
+// Rows of a register tile: with four vectors of columns, as many accumulators as the registers hold.
+#if defined(FASTRNN_ISA_AVX512)
+constexpr int tile_rows = 6;
+#elif defined(FASTRNN_ISA_AVX2)
+constexpr int tile_rows = 3;
+#else
+constexpr int tile_rows = 2;
+#endif
+
+#include "vec.h"
+#include "gemm.h"
+#include "layer.h"
+#include "forward.h"
+#include "backward.h"
+
+template <template <class, class> class Pass, class Problem>
+void run_pass(const Problem& problem, const Team& team) {
+  for_each_cell([&](auto cell) {
+    using Cell = decltype(cell);
+    if (Cell::kind != problem.cell) return;
+    if (problem.dtype == Dtype::f64)
+      Pass<Cell, f64>(problem).run(team);
+    else
+      Pass<Cell, f32>(problem).run(team);
+  });
+}
+
+void run_forward(const Forward& problem, const Team& team) { run_pass<ForwardPass>(problem, team); }
+void run_backward(const Backward& problem, const Team& team) { run_pass<BackwardPass>(problem, team); }
+
+template <class V>
+void activate(int function, const void* from, void* to, int64_t n) {
+  using T = typename V::T;
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const int lanes = int(smaller(V::lanes, n - i));
+    const V x = V::load(static_cast<const T*>(from) + i, lanes);
+    (function == 0 ? sigmoid(x) : tanh(x)).store(static_cast<T*>(to) + i, lanes);
+  }
+}
+
+void run_activation(int function, Dtype dtype, const void* x, void* y, int64_t n) {
+  if (dtype == Dtype::f64)
+    activate<f64>(function, x, y, n);
+  else
+    activate<f32>(function, x, y, n);
+}
+
+}  // namespace
+
+#define FASTRNN_STRING(x) #x
+#define FASTRNN_NAME(x) FASTRNN_STRING(x)
+const Kernels table = {FASTRNN_NAME(FASTRNN_NAMESPACE), f32::lanes, run_forward, run_backward, run_activation};
+
+}  // namespace fastrnn::FASTRNN_NAMESPACE

@@ -1,0 +1,97 @@
+// fastrnn._C: what was built, what runs here, and the switch that forces an instruction set. No tensor passes here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cells.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace fastrnn;
+
+namespace {
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
+}
+
+std::vector<std::string> isas() {
+  const Kernels* tables[8];
+  const int n = available(tables);
+  std::vector<std::string> names;
+  for (int i = 0; i < n; ++i) names.push_back(tables[i]->isa);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (force(name.c_str())) return;
+  std::string expected;
+  for (const std::string& isa : isas()) expected += "'" + isa + "', ";
+  throw py::value_error("isa: expected one of " + expected + "or '' for the default, got '" + name + "'");
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTRNN_VERSION;
+  info["torch"] = FASTRNN_TORCH;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["cuda_architectures"] = py::list();
+  info["isas"] = split(FASTRNN_ISAS);
+  info["available"] = isas();
+  info["isa"] = current().isa;
+  const char* rejected = rejected_environment();
+  info["rejected_environment"] = rejected ? py::object(py::str(rejected)) : py::none();
+  return info;
+}
+
+py::list cells() {
+  py::list list;
+  for_each_cell([&](auto cell) {
+    const CellTraits& t = traits(cell.kind);
+    py::dict entry;
+    entry["name"] = t.name;
+    entry["gates"] = t.gates;
+    entry["slots"] = t.slots;
+    entry["x_first"] = t.x_first;
+    entry["hidden_gate"] = std::vector<int>(t.hidden_gate, t.hidden_gate + t.gates);
+    entry["tape"] = t.tape;
+    entry["has_c"] = t.has_c;
+    list.append(entry);
+  });
+  return list;
+}
+
+// For the accuracy tests: y[i] = function(x[i]) by the tier in use, on n values at the two addresses.
+void activation(const std::string& function, const std::string& dtype, uintptr_t x, uintptr_t y, int64_t n) {
+  if (function != "sigmoid" && function != "tanh")
+    throw py::value_error("function: expected 'sigmoid' or 'tanh', got '" + function + "'");
+  if (dtype != "float32" && dtype != "float64")
+    throw py::value_error("dtype: expected 'float32' or 'float64', got '" + dtype + "'");
+  current().activation(function == "tanh", dtype == "float64" ? Dtype::f64 : Dtype::f32,
+                       reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Introspection of fastrnn's native library; the operators themselves are torch.ops.fastrnn.*";
+  m.def("build_info", &build_info, "Versions, compiler, instruction sets built in, available and in use.");
+  m.def("isas", &isas, "The instruction sets this machine can run, narrowest first.");
+  m.def("isa", [] { return current().isa; }, "The instruction set in use.");
+  m.def("set_isa", &set_isa, py::arg("isa"), "Forces an instruction set for the whole process; '' for the default.");
+  m.def("activation", &activation, py::arg("function"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"),
+        "Applies sigmoid or tanh of the tier in use to n values at address x, into address y; for the tests.");
+  m.def("cells", &cells, "The cells and how their pre-activations are laid out (csrc/cells.h).");
+}

@@ -1,0 +1,104 @@
+// What a kernel sees: plain sizes and pointers, no torch. Every pointer is listed with its shape.
+//
+// T steps, B rows (batch), I input features, H hidden units, P width of the state h (proj_size, or H without a
+// projection), D directions, G gates, N stored rows: T*B, or the sum of the batch sizes when packed.
+// "storage" is the dtype of the caller's tensors; "compute" is double for double and float for everything else.
+#pragma once
+
+#include <cstdint>
+
+namespace fastrnn {
+
+enum class CellKind : int { rnn_tanh, rnn_relu, lstm, gru };
+enum class Dtype : int { f32, f64, bf16, f16 };
+
+// A [T, B, features] tensor: element (t, b, i) lies at data[offset(t) + b * row + i], strides in elements.
+// Dense: offset(t) = t * step. Packed: offset(t) = first_row[t] * row.
+struct ConstRows {
+  const void* data = nullptr;
+  int64_t step = 0;
+  int64_t row = 0;
+};
+
+struct Rows {
+  void* data = nullptr;
+  int64_t step = 0;
+  int64_t row = 0;
+};
+
+// The weights of one direction, contiguous, in torch's gate order. Absent biases and projections are null.
+struct Weights {
+  const void* w_ih = nullptr;  // [G*H, I]
+  const void* w_hh = nullptr;  // [G*H, P]
+  const void* b_ih = nullptr;  // [G*H]
+  const void* b_hh = nullptr;  // [G*H]
+  const void* w_hr = nullptr;  // [P, H]
+};
+
+// One layer with all its directions: what forward and backward have in common.
+struct Layer {
+  CellKind cell = CellKind::lstm;
+  Dtype dtype = Dtype::f32;
+  int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
+  int D = 1;
+  const int64_t* first_row = nullptr;  // [T + 1] packed: stored row of (t, 0); null when dense: t * B + b
+  const int64_t* lengths = nullptr;    // [B] steps of each row, 0..T; null: T everywhere. Always set when packed
+  const bool* reset = nullptr;         // element (t, b) at reset[t * reset_step + b * reset_row]; null: none
+  int64_t reset_step = 0, reset_row = 0;
+  ConstRows x;                // [T, B, I] storage
+  Weights weights[2];         // storage
+  const void* h0 = nullptr;   // [D, B, P] storage; null: zero
+  const void* c0 = nullptr;   // [D, B, H] storage; null: zero
+};
+
+struct Forward : Layer {
+  Rows y;                 // [T, B, D*P] storage; zero past a row's length
+  void* h_n = nullptr;    // [D, B, P] storage
+  void* c_n = nullptr;    // [D, B, H] storage; LSTM only
+  void* h_all = nullptr;  // [D, T, B, P] storage, or null
+  void* c_all = nullptr;  // [D, T, B, H] storage, or null
+  void* tape = nullptr;   // [D, N, tape_width] compute, or null: what backward needs (cells.h says what)
+};
+
+struct Backward : Layer {
+  const void* tape = nullptr;    // [D, N, tape_width] compute
+  ConstRows dy;                  // [T, B, D*P] storage; data null: zero
+  const void* dh_n = nullptr;    // [D, B, P] storage; null: zero
+  const void* dc_n = nullptr;    // [D, B, H] storage; null: zero
+  const void* dh_all = nullptr;  // [D, T, B, P] storage; null: zero
+  const void* dc_all = nullptr;  // [D, T, B, H] storage; null: zero
+  Rows dx;                       // [T, B, I] storage; data null: not wanted
+  void* dh0 = nullptr;           // [D, B, P] storage; null: not wanted
+  void* dc0 = nullptr;           // [D, B, H] storage; null: not wanted
+  // Operands of the weight gradients, compute dtype, contiguous. Rows past a length are zero.
+  void* dgates = nullptr;  // [D, N, slots*H] gradient of the pre-activations, always written
+  void* h_prev = nullptr;  // [D, N, P] the state that entered each step; null: not wanted
+  void* dh_out = nullptr;  // [D, N, P] gradient of the projected state; projection only; null: not wanted
+  void* h_raw = nullptr;   // [D, N, H] o * tanh(c), before the projection; projection only; null: not wanted
+};
+
+// How a cell's pre-activations are laid out (cells.h): `slots` blocks of H columns. The recurrent product feeds the
+// first G of them, gate w_hh row block `hidden_gate[s]` into slot s; the input projection feeds slots x_first to
+// x_first + G - 1 in torch's gate order.
+struct CellTraits {
+  const char* name;
+  CellKind kind;
+  int gates;
+  int slots;
+  int x_first;
+  int hidden_gate[4];
+  int tape;  // blocks of H columns on the tape; with a projection, P more columns hold the projected state
+  bool has_c;
+};
+
+const CellTraits& traits(CellKind kind);
+
+// Who does the work: size workers, and a way to run body(argument, begin, end) over [0, n). One call may be handed
+// several items, or all of them.
+struct Team {
+  int size = 1;
+  void (*run)(void* context, int64_t n, void (*body)(void*, int64_t, int64_t), void* argument) = nullptr;
+  void* context = nullptr;
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,206 @@
+// The one door to torch, for ops.cpp alone: errors, dtypes, tensors, boxed arguments and threads over the stable ABI,
+// so that what is built here runs under every torch from 2.11 on.
+#pragma once
+
+#include <pthread.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+// Absent from torch 2.11 and 2.12, and from an OpenMP-less torch: null then.
+extern "C" {
+__attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+__attribute__((weak)) int omp_in_parallel();
+__attribute__((weak)) int omp_get_max_active_levels();
+__attribute__((weak)) void omp_set_max_active_levels(int);
+}
+
+namespace fastrnn {
+namespace {
+
+namespace stable = torch::stable;
+using stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// ---------------------------------------------------------------------------------------------------------- errors
+
+template <class... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  throw std::runtime_error(text.str());
+}
+
+std::string text_of(const int64_t* sizes, int64_t n) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < n; ++i) text << (i ? ", " : "") << sizes[i];
+  text << (n == 1 ? ",)" : ")");
+  return text.str();
+}
+
+std::string shape_of(const Tensor& t) { return text_of(t.sizes().data(), t.dim()); }
+
+// Not STABLE_TORCH_ERROR_CODE_CHECK, whose message is the source line of the call instead of torch's own words.
+void succeed(AOTITorchError code, const char* doing) {
+  if (code == TORCH_SUCCESS) return;
+  if (torch_exception_get_what_without_backtrace) fail(torch_exception_get_what_without_backtrace());
+  fail("fastrnn: ", doing, " failed");
+}
+
+// ---------------------------------------------------------------------------------------------------------- dtypes
+
+struct DtypeInfo {
+  int32_t code;  // torch's number, as the shim tells it at run time
+  const char* name;
+};
+
+const DtypeInfo* dtypes() {
+  static const DtypeInfo all[] = {{aoti_torch_dtype_float32(), "float32"},
+                                  {aoti_torch_dtype_float64(), "float64"},
+                                  {aoti_torch_dtype_bfloat16(), "bfloat16"},
+                                  {aoti_torch_dtype_float16(), "float16"},
+                                  {aoti_torch_dtype_int64(), "int64"},
+                                  {aoti_torch_dtype_int32(), "int32"},
+                                  {aoti_torch_dtype_int16(), "int16"},
+                                  {aoti_torch_dtype_int8(), "int8"},
+                                  {aoti_torch_dtype_uint8(), "uint8"},
+                                  {aoti_torch_dtype_bool(), "bool"},
+                                  {aoti_torch_dtype_complex64(), "complex64"},
+                                  {aoti_torch_dtype_complex128(), "complex128"},
+                                  {-1, "another dtype"}};
+  return all;
+}
+
+int32_t dtype_of(const Tensor& t) {
+  int32_t code;
+  succeed(aoti_torch_get_dtype(t.get(), &code), "reading a dtype");
+  return code;
+}
+
+const char* dtype_name(int32_t code) {
+  const DtypeInfo* info = dtypes();
+  while (info->code != code && info->code != -1) ++info;
+  return info->name;
+}
+
+// --------------------------------------------------------------------------------------------------------- tensors
+
+Tensor empty_strided(const Sizes& sizes, const Sizes& strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  succeed(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                   &handle),
+          "allocating memory for a result");
+  return Tensor(handle);
+}
+
+Tensor empty(const Sizes& sizes, int32_t dtype) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return empty_strided(sizes, strides, dtype);
+}
+
+// [T, B, C], laid out as [B, T, C] when batch_major.
+Tensor empty_rows(int64_t T, int64_t B, int64_t C, bool batch_major, int32_t dtype) {
+  if (!batch_major) return empty({T, B, C}, dtype);
+  const int64_t row = std::max<int64_t>(C, 1);
+  return empty_strided({T, B, C}, {row, std::max<int64_t>(T, 1) * row, 1}, dtype);
+}
+
+// A view of t's memory; the shim counts the offset from t's first element.
+Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t offset) {
+  AtenTensorHandle handle;
+  succeed(aoti_torch__reinterpret_tensor(t.get(), sizes.size(), sizes.data(), strides.data(), offset, &handle),
+          "taking a view");
+  return Tensor(handle);
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : stable::contiguous(t); }
+
+// --------------------------------------------------------------------------------------------------------- threads
+
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+void run_serial(void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* argument) { body(argument, 0, n); }
+
+void run_parallel(void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* argument) {
+  struct Job {
+    void (*body)(void*, int64_t, int64_t);
+    void* argument;
+  } job{body, argument};
+  succeed(torch_parallel_for(
+              0, n, 1,
+              [](int64_t begin, int64_t end, void* context) {
+                const Job& job = *static_cast<Job*>(context);
+                job.body(job.argument, begin, end);
+              },
+              &job),
+          "running a kernel on torch's threads");
+}
+
+// torch's pool; one worker inside somebody's parallel region and in a forked child, where the pool's threads are gone.
+Team team() {
+  if (forked || (omp_in_parallel && omp_in_parallel())) return {1, run_serial, nullptr};
+  const int threads = static_cast<int>(stable::get_num_threads());
+  return {threads, threads > 1 ? run_parallel : run_serial, nullptr};
+}
+
+// torch's copies and products would wait for ever for the pool that a forked child lost. No active level of parallelism
+// serves them one thread, whatever number of threads the product library was told to use.
+class SerialInForkedChild {
+ public:
+  SerialInForkedChild() {
+    if (!forked || !omp_get_max_active_levels || !omp_set_max_active_levels) return;
+    levels_ = omp_get_max_active_levels();
+    omp_set_max_active_levels(0);
+  }
+  ~SerialInForkedChild() {
+    if (levels_ >= 0) omp_set_max_active_levels(levels_);
+  }
+
+ private:
+  int levels_ = -1;
+};
+
+// ----------------------------------------------------------------------------------------------------------- arguments
+
+// Reads a boxed call's arguments one after another. By hand, because TORCH_BOX leaks every string argument.
+class Reader {
+ public:
+  explicit Reader(StableIValue* stack) : next_(stack) {}
+
+  template <class T>
+  T take() {
+    return stable::detail::to<T>(*next_++);
+  }
+  std::string take_string() {
+    const auto handle = take<StringHandle>();
+    const char* data = nullptr;
+    size_t length = 0;
+    torch_string_length(handle, &length);
+    torch_string_c_str(handle, &data);
+    const std::string value(data, length);
+    torch_delete_string(handle);
+    return value;
+  }
+  std::optional<Tensor> take_optional() { return take<std::optional<Tensor>>(); }
+
+ private:
+  StableIValue* next_;
+};
+
+}  // namespace
+}  // namespace fastrnn

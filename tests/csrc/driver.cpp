@@ -1,0 +1,454 @@
+// Tests of the torch-free kernels, for sanitizers: no Python, no torch, std::thread as the team.
+//
+//   driver ulp [STRIDE]   sigmoid and tanh of every tier, every STRIDE-th float: at most 2 ulp; NaN, inf and zero exact
+//   driver gradient       dx, dh0 and dc0 against central differences in double, every cell and tier
+//   driver layers [N]     N random layers (ragged, packed, reset, projected, 16-bit): exact-size buffers filled with
+//                         garbage, finite results, tiers agree, one thread and many give the same bits
+// Exits 0 when all holds; else says what failed and exits 1.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cells.h"
+#include "../../csrc/cpu/dispatch.h"
+
+using namespace fastrnn;
+
+namespace {
+
+int failures = 0;
+
+#define EXPECT(condition, ...)                        \
+  do {                                                \
+    if (!(condition)) {                               \
+      std::printf("FAILED %s: ", #condition);         \
+      std::printf(__VA_ARGS__);                       \
+      std::printf("\n");                              \
+      if (++failures > 20) std::exit(1);              \
+    }                                                 \
+  } while (0)
+
+std::mt19937_64 generator(20);
+int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+double normal() { return std::normal_distribution<double>()(generator); }
+
+// ------------------------------------------------------------------------------------------------------------- ulp
+
+template <class T, class Exact>
+double ulps(T got, Exact exact) {
+  const T nearest = T(exact);
+  const T step = std::nextafter(std::fabs(nearest), std::numeric_limits<T>::infinity()) - std::fabs(nearest);
+  return double(std::fabs(Exact(got) - exact) / Exact(step));
+}
+
+template <class T, class Exact>
+void check_ulp(const Kernels& k, int function, const std::vector<T>& x) {
+  const Dtype dtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+  std::vector<T> y(x.size(), T(7));
+  k.activation(function, dtype, x.data(), y.data(), int64_t(x.size()));
+  double worst = 0;
+  T worst_x = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const Exact v = x[i];
+    const Exact exact = function ? std::tanh(v) : v < 0 ? std::exp(v) / (1 + std::exp(v)) : 1 / (1 + std::exp(-v));
+    if (std::fabs(exact) < Exact(std::numeric_limits<T>::min())) {
+      EXPECT(std::fabs(Exact(y[i]) - exact) <= 2 * Exact(std::numeric_limits<T>::denorm_min()) + std::fabs(exact) / 1000,
+             "%s function %d at %g: %g", k.isa, function, double(v), double(y[i]));
+      continue;
+    }
+    const double error = ulps(y[i], exact);
+    if (!(error <= worst)) worst = error, worst_x = x[i];
+  }
+  std::printf("%-7s %s %-7s worst %.3f ulp at %.9g (%zu values)\n", k.isa, sizeof(T) == 8 ? "float64" : "float32",
+              function ? "tanh" : "sigmoid", worst, double(worst_x), x.size());
+  EXPECT(worst <= 2, "%s function %d", k.isa, function);
+}
+
+template <class T>
+void check_special(const Kernels& k) {
+  const Dtype dtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+  const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  const T x[] = {0, T(-0.0), inf, -inf, nan, -nan, 1000, -1000};
+  const T want[2][8] = {{T(0.5), T(0.5), 1, 0, nan, nan, 1, 0}, {0, T(-0.0), 1, -1, nan, nan, 1, -1}};
+  for (int function = 0; function < 2; ++function) {
+    T y[8];
+    k.activation(function, dtype, x, y, 8);
+    for (int i = 0; i < 8; ++i) {
+      const bool same = std::isnan(want[function][i]) ? std::isnan(y[i])
+                                                      : y[i] == want[function][i] && std::signbit(y[i]) == std::signbit(want[function][i]);
+      EXPECT(same, "%s function %d at %g: %g", k.isa, function, double(x[i]), double(y[i]));
+    }
+  }
+}
+
+void test_ulp(uint64_t stride) {
+  std::vector<float> floats;
+  for (uint64_t bits = 0; bits < (uint64_t(1) << 32); bits += stride) {
+    const uint32_t b = uint32_t(bits);
+    float x;
+    std::memcpy(&x, &b, 4);
+    if (std::fabs(x) < 110) floats.push_back(x);
+  }
+  std::vector<double> doubles;
+  for (int i = 0; i < 1000000; ++i) {
+    const double size = std::exp2(double(integer(-30000000, 9500000)) / 1e6);
+    doubles.push_back(integer(0, 1) ? size : -size);
+    doubles.push_back(normal() * 3);
+  }
+  const Kernels* tables[8];
+  const int count = available(tables);
+  for (int i = 0; i < count; ++i) {
+    for (int function = 0; function < 2; ++function) {
+      check_ulp<float, double>(*tables[i], function, floats);
+      check_ulp<double, long double>(*tables[i], function, doubles);
+    }
+    check_special<float>(*tables[i]);
+    check_special<double>(*tables[i]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ layers
+
+// Exactly as many bytes as asked for, so that a sanitizer sees a read or write too far; filled with garbage.
+struct Buffer {
+  std::vector<char> bytes;
+  explicit Buffer(int64_t n = 0) : bytes(size_t(n), char(0x7f)) {}
+  void* data() { return bytes.empty() ? nullptr : bytes.data(); }
+};
+
+int64_t width_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+uint16_t bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return uint16_t(bits >> 16);  // the tests' own numbers need no rounding
+}
+// Halves of magnitude below 2, multiples of 2^-8: exact in float16.
+uint16_t f16(float x) {
+  const int n = int(std::lround(std::fmin(std::fmax(x, -1.9f), 1.9f) * 256));
+  if (n == 0) return 0;
+  int exponent = 0;
+  unsigned m = unsigned(std::abs(n));
+  while (m >> (exponent + 1)) ++exponent;
+  const unsigned fraction = (m << (10 - exponent)) & 0x3ff;
+  return uint16_t((n < 0 ? 0x8000u : 0u) | unsigned(exponent - 8 + 15) << 10 | fraction);
+}
+
+Buffer random_values(Dtype dtype, int64_t n, double scale) {
+  Buffer b(n * width_of(dtype));
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = normal() * scale;
+    char* at = b.bytes.data() + i * width_of(dtype);
+    const float f = float(x);
+    const uint16_t half = dtype == Dtype::bf16 ? bf16(f) : f16(f);
+    if (dtype == Dtype::f64) std::memcpy(at, &x, 8);
+    if (dtype == Dtype::f32) std::memcpy(at, &f, 4);
+    if (width_of(dtype) == 2) std::memcpy(at, &half, 2);
+  }
+  return b;
+}
+
+double value(const Buffer& b, Dtype dtype, int64_t i) {
+  const char* at = b.bytes.data() + i * width_of(dtype);
+  if (dtype == Dtype::f64) {
+    double x;
+    std::memcpy(&x, at, 8);
+    return x;
+  }
+  float x = 0;
+  uint16_t half;
+  if (dtype == Dtype::f32) {
+    std::memcpy(&x, at, 4);
+    return double(x);
+  }
+  std::memcpy(&half, at, 2);
+  if (dtype == Dtype::bf16) {
+    const uint32_t bits = uint32_t(half) << 16;
+    std::memcpy(&x, &bits, 4);
+    return double(x);
+  }
+  const int exponent = half >> 10 & 31, fraction = half & 0x3ff;
+  if (exponent == 31) return fraction ? NAN : (half & 0x8000 ? -INFINITY : INFINITY);
+  const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  return half & 0x8000 ? -size : size;
+}
+
+struct Case {
+  CellTraits cell;
+  Layer layer;
+  bool projected = false, all_states = false;
+  Buffer x, h0, c0, reset, weights[2][5], dy, dh_n, dc_n, dh_all, dc_all;
+  std::vector<int64_t> lengths, first_row;
+  int64_t rows = 0;
+
+  int64_t tape() const { return cell.tape * layer.H + (projected ? layer.P : 0); }
+  Dtype compute() const { return layer.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+};
+
+Case random_case(bool tiny) {
+  Case c;
+  const CellKind kinds[] = {CellKind::rnn_tanh, CellKind::rnn_relu, CellKind::lstm, CellKind::gru};
+  c.cell = traits(kinds[integer(0, 3)]);
+  Layer& p = c.layer;
+  p.cell = c.cell.kind;
+  p.dtype = tiny ? Dtype::f64 : Dtype(integer(0, 3));
+  const Dtype dt = p.dtype;
+  p.T = integer(1, tiny ? 4 : 23);
+  p.B = integer(1, tiny ? 3 : 19);
+  if (!tiny && integer(0, 15) == 0) p.B = integer(100, 140);  // more rows than one tile of the projection
+  p.I = integer(1, tiny ? 4 : 40);
+  p.H = integer(1, tiny ? 5 : 70);
+  p.P = p.H;
+  p.D = int(integer(1, 2));
+  c.projected = c.cell.has_c && p.H > 1 && integer(0, 2) == 0;
+  if (c.projected) p.P = integer(1, p.H - 1);
+  const bool ragged = integer(0, 1), packed = ragged && integer(0, 1);
+  if (ragged) {
+    for (int64_t b = 0; b < p.B; ++b) c.lengths.push_back(integer(packed ? 1 : 0, p.T));
+    if (packed) std::sort(c.lengths.rbegin(), c.lengths.rend());
+    if (packed) p.T = c.lengths[0];
+    p.lengths = c.lengths.data();
+  }
+  c.rows = p.T * p.B;
+  if (packed) {
+    c.first_row.assign(1, 0);
+    for (int64_t t = 0; t < p.T; ++t) {
+      int64_t n = 0;
+      while (n < p.B && c.lengths[size_t(n)] > t) ++n;
+      c.first_row.push_back(c.first_row.back() + n);
+    }
+    c.rows = c.first_row.back();
+    p.first_row = c.first_row.data();
+  }
+  if (integer(0, 1)) {
+    c.reset = Buffer(p.T * p.B);
+    for (char& r : c.reset.bytes) r = integer(0, 4) == 0;
+    p.reset = static_cast<bool*>(c.reset.data());
+    p.reset_step = p.B;
+    p.reset_row = 1;
+  }
+  c.x = random_values(dt, c.rows * p.I, 1);
+  p.x = {c.x.data(), p.B * p.I, p.I};
+  const bool bias = integer(0, 1);
+  const double scale = 1 / std::sqrt(double(p.H));
+  const int64_t GH = c.cell.gates * p.H;
+  for (int d = 0; d < p.D; ++d) {
+    Buffer* w = c.weights[d];
+    w[0] = random_values(dt, GH * p.I, scale);
+    w[1] = random_values(dt, GH * p.P, scale);
+    if (bias) w[2] = random_values(dt, GH, scale), w[3] = random_values(dt, GH, scale);
+    if (c.projected) w[4] = random_values(dt, p.P * p.H, scale);
+    p.weights[d] = {w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data()};
+  }
+  if (integer(0, 1)) {
+    c.h0 = random_values(dt, p.D * p.B * p.P, 1);
+    p.h0 = c.h0.data();
+    if (c.cell.has_c) c.c0 = random_values(dt, p.D * p.B * p.H, 1);
+    p.c0 = c.c0.data();
+  }
+  c.all_states = integer(0, 1);
+  c.dy = random_values(dt, c.rows * p.D * p.P, 1);
+  c.dh_n = random_values(dt, p.D * p.B * p.P, 1);
+  c.dc_n = random_values(dt, p.D * p.B * p.H, 1);
+  c.dh_all = random_values(dt, p.D * p.T * p.B * p.P, 1);
+  c.dc_all = random_values(dt, p.D * p.T * p.B * p.H, 1);
+  return c;
+}
+
+// The results of both passes, in a fixed order; the first `states` of them are what the loss reads.
+struct Results {
+  std::vector<Buffer> buffers;
+  std::vector<Dtype> dtypes;
+  enum { Y, HN, CN, HALL, CALL, TAPE, DX, DH0, DC0, DGATES, HPREV, DHOUT, HRAW, COUNT };
+};
+
+Team threads(int size) {
+  static int context;
+  return {size,
+          [](void* n, int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
+            const int size = *static_cast<int*>(n);
+            std::vector<std::thread> workers;
+            for (int i = 0; i < size; ++i)
+              workers.emplace_back([=] { body(argument, count * i / size, count * (i + 1) / size); });
+            for (std::thread& worker : workers) worker.join();
+          },
+          (context = size, &context)};
+}
+
+Results run(const Kernels& k, Case& c, const Team& team) {
+  const Layer& p = c.layer;
+  const Dtype dt = p.dtype, compute = c.compute();
+  const int64_t s = width_of(dt), w = width_of(compute), DB = p.D * p.B, DR = p.D * c.rows;
+  const bool has_c = c.cell.has_c;
+  Results r;
+  const int64_t sizes[] = {c.rows * p.D * p.P * s,
+                           DB * p.P * s,
+                           has_c ? DB * p.H * s : 0,
+                           c.all_states ? DB * p.T * p.P * s : 0,
+                           c.all_states && has_c ? DB * p.T * p.H * s : 0,
+                           DR * c.tape() * w,
+                           c.rows * p.I * s,
+                           DB * p.P * s,
+                           has_c ? DB * p.H * s : 0,
+                           DR * c.cell.slots * p.H * w,
+                           DR * p.P * w,
+                           c.projected ? DR * p.P * w : 0,
+                           c.projected ? DR * p.H * w : 0};
+  for (int i = 0; i < Results::COUNT; ++i) {
+    r.buffers.emplace_back(sizes[i]);
+    r.dtypes.push_back(i == Results::TAPE || i >= Results::DGATES ? compute : dt);
+  }
+  auto at = [&](int i) { return r.buffers[size_t(i)].data(); };
+  Forward f;
+  static_cast<Layer&>(f) = p;
+  f.y = {at(Results::Y), p.B * p.D * p.P, p.D * p.P};
+  f.h_n = at(Results::HN);
+  f.c_n = at(Results::CN);
+  f.h_all = at(Results::HALL);
+  f.c_all = at(Results::CALL);
+  f.tape = at(Results::TAPE);
+  k.forward(f, team);
+  // Rows past a length are nobody's: make the tape's comparable.
+  if (p.lengths && !p.first_row)
+    for (int d = 0; d < p.D; ++d)
+      for (int64_t t = 0; t < p.T; ++t)
+        for (int64_t b = 0; b < p.B; ++b)
+          if (t >= p.lengths[b])
+            std::memset(static_cast<char*>(f.tape) + ((d * p.T + t) * p.B + b) * c.tape() * w, 0, size_t(c.tape() * w));
+  Backward g;
+  static_cast<Layer&>(g) = p;
+  g.tape = at(Results::TAPE);
+  g.dy = {c.dy.data(), p.B * p.D * p.P, p.D * p.P};
+  g.dh_n = c.dh_n.data();
+  if (has_c) g.dc_n = c.dc_n.data();
+  if (c.all_states) g.dh_all = c.dh_all.data();
+  if (c.all_states && has_c) g.dc_all = c.dc_all.data();
+  g.dx = {at(Results::DX), p.B * p.I, p.I};
+  g.dh0 = at(Results::DH0);
+  g.dc0 = at(Results::DC0);
+  g.dgates = at(Results::DGATES);
+  g.h_prev = at(Results::HPREV);
+  g.dh_out = at(Results::DHOUT);
+  g.h_raw = at(Results::HRAW);
+  k.backward(g, team);
+  return r;
+}
+
+std::string describe(const Case& c) {
+  const Layer& p = c.layer;
+  char text[200];
+  std::snprintf(text, sizeof text, "%s dtype %d T %ld B %ld I %ld H %ld P %ld D %d lengths %d packed %d reset %d hx %d",
+                c.cell.name, int(p.dtype), long(p.T), long(p.B), long(p.I), long(p.H), long(p.P), p.D, p.lengths != nullptr,
+                p.first_row != nullptr, p.reset != nullptr, p.h0 != nullptr);
+  return text;
+}
+
+void test_layers(int64_t n) {
+  const Kernels* tables[8];
+  const int count = available(tables);
+  for (int64_t i = 0; i < n; ++i) {
+    Case c = random_case(false);
+    Results first;
+    for (int k = 0; k < count; ++k) {
+      Results one = run(*tables[k], c, threads(1));
+      Results many = run(*tables[k], c, threads(int(integer(2, 5))));
+      for (int b = 0; b < Results::COUNT; ++b) {
+        const size_t at = size_t(b);
+        EXPECT(one.buffers[at].bytes == many.buffers[at].bytes, "%s result %d: threads change bits: %s", tables[k]->isa, b,
+               describe(c).c_str());
+        const int64_t values = int64_t(one.buffers[at].bytes.size()) / width_of(one.dtypes[at]);
+        double difference = 0, norm = 1e-30;
+        for (int64_t v = 0; v < values; ++v) {
+          const double x = value(one.buffers[at], one.dtypes[at], v);
+          EXPECT(std::isfinite(x), "%s result %d is not finite: %s", tables[k]->isa, b, describe(c).c_str());
+          if (k == 0) continue;
+          const double y = value(first.buffers[at], one.dtypes[at], v);
+          difference += (x - y) * (x - y);
+          norm += y * y;
+        }
+        // Rounding a 16-bit state or a sign near relu's kink may fall either way, and is carried on from there.
+        const double bound = c.layer.dtype == Dtype::f64 ? 1e-12 : c.layer.dtype == Dtype::f32 ? 1e-4 : 0.3;
+        EXPECT(std::sqrt(difference / norm) <= bound, "%s result %d is %g from scalar: %s", tables[k]->isa, b,
+               std::sqrt(difference / norm), describe(c).c_str());
+      }
+      if (k == 0) first = std::move(one);
+    }
+  }
+  std::printf("%ld layers, %d tiers\n", long(n), count);
+}
+
+// --------------------------------------------------------------------------------------------------------- gradient
+
+double loss(const Kernels& k, Case& c) {
+  Results r = run(k, c, threads(1));
+  double sum = 0;
+  auto dot = [&](int at, const Buffer& g) {
+    const int64_t n = int64_t(r.buffers[size_t(at)].bytes.size()) / 8;
+    for (int64_t i = 0; i < n; ++i) sum += value(r.buffers[size_t(at)], Dtype::f64, i) * value(g, Dtype::f64, i);
+  };
+  dot(Results::Y, c.dy);
+  dot(Results::HN, c.dh_n);
+  dot(Results::CN, c.dc_n);
+  dot(Results::HALL, c.dh_all);
+  dot(Results::CALL, c.dc_all);
+  return sum;
+}
+
+void test_gradient(int64_t n) {
+  const Kernels* tables[8];
+  const int count = available(tables);
+  double worst = 0;
+  int64_t compared = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Case c = random_case(true);
+    // Gradients past a length belong to outputs that are constant zero; relu has no derivative at its kink.
+    const bool kinked = c.cell.kind == CellKind::rnn_relu;
+    const Kernels& k = *tables[i % count];
+    Results r = run(k, c, threads(1));
+    Buffer* inputs[] = {&c.x, &c.h0, &c.c0};
+    const int gradients[] = {Results::DX, Results::DH0, Results::DC0};
+    for (int q = 0; q < 3; ++q)
+      for (int64_t v = 0; v < int64_t(inputs[q]->bytes.size()) / 8; ++v) {
+        double* at = reinterpret_cast<double*>(inputs[q]->bytes.data()) + v;
+        const double kept = *at, step = 1e-6;
+        *at = kept + step;
+        const double above = loss(k, c);
+        *at = kept - step;
+        const double below = loss(k, c);
+        *at = kept;
+        const double numeric = (above - below) / (2 * step), got = value(r.buffers[size_t(gradients[q])], Dtype::f64, v);
+        const double error = std::fabs(numeric - got) / (1 + std::fabs(got));
+        if (kinked && error > 1e-6) continue;  // a kink within the step
+        if (error > worst) worst = error;
+        ++compared;
+        EXPECT(error < 1e-6, "%s gradient %d[%ld]: %.12g, differences say %.12g: %s", k.isa, q, long(v), got, numeric,
+               describe(c).c_str());
+      }
+  }
+  std::printf("%ld gradients, worst relative difference %.2e\n", long(compared), worst);
+  EXPECT(compared > 10 * n, "hardly anything was compared");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "";
+  const long n = argc > 2 ? std::atol(argv[2]) : 0;
+  if (what == "ulp")
+    test_ulp(n > 0 ? uint64_t(n) : 257);
+  else if (what == "gradient")
+    test_gradient(n > 0 ? n : 60);
+  else if (what == "layers")
+    test_layers(n > 0 ? n : 100);
+  else
+    return std::printf("usage: driver ulp | gradient | layers [N]\n"), 2;
+  std::printf(failures ? "%d failures\n" : "ok\n", failures);
+  return failures ? 1 : 0;
+}
