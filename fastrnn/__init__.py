@@ -1,0 +1,36 @@
+"""fastrnn: torch.nn's RNN, LSTM, GRU and their cells on fused kernels, the whole sequence in one operator.
+
+fastrnn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell   torch.nn's classes, drop-in
+fastrnn.functional.rnn, lstm, gru                    the same as functions of their weights
+fastrnn.accelerate, restore, patch                   existing models and other people's code
+fastrnn.explain, build_info                          what runs, and why
+"""
+
+from importlib import metadata as _metadata
+
+from fastrnn import functional
+from fastrnn.cells import GRUCell, LSTMCell, RNNCell
+from fastrnn.convert import accelerate, patch, restore
+from fastrnn.explain import Plan, build_info, explain
+from fastrnn.modules import GRU, LSTM, RNN
+
+__all__ = [
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
+    "Plan",
+    "RNN",
+    "RNNCell",
+    "accelerate",
+    "build_info",
+    "explain",
+    "functional",
+    "patch",
+    "restore",
+]
+
+try:
+    __version__ = _metadata.version("fastrnn")
+except _metadata.PackageNotFoundError:  # run from a source tree that was built in place
+    __version__ = build_info()["version"]

@@ -1,0 +1,121 @@
+"""Which kernel a call would run, and why; and what this build holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from fastrnn import _C, cells, modules
+from fastrnn.plan import KERNEL, TORCH, Route, plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Who would compute a call, and why. `print` shows it.
+
+    path: "fastrnn cpu kernel", "torch" (torch's own implementation) or "reference" (torch operations, step by step).
+    why: in words.  cell: the cell's name.  dtype: what it computes in (None where torch decides).
+    isa: the instruction set of the kernels, threads: torch's; both None on another path.
+    layers: the sizes of each layer.
+    """
+
+    path: str
+    why: str
+    cell: str
+    dtype: torch.dtype | None
+    isa: str | None
+    threads: int | None
+    layers: tuple[dict[str, int], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.why}"]
+        facts = [self.cell]
+        if self.dtype is not None:
+            facts.append(str(self.dtype).removeprefix("torch."))
+        if self.isa is not None:
+            facts += [self.isa, f"{self.threads} thread{'' if self.threads == 1 else 's'}"]
+        lines.append("  " + ", ".join(facts))
+        for k, sizes in enumerate(self.layers):
+            lines.append(f"  layer {k}: " + ", ".join(f"{name} = {size}" for name, size in sizes.items()))
+        return "\n".join(lines)
+
+
+def explain(module: nn.Module, input, hx=None, *, reset=None, lengths=None, all_states=False) -> Plan:
+    """Which implementation `module(input, hx, ...)` would run on this machine, and why. Computes nothing.
+
+    Args:
+        module: an RNN, LSTM, GRU or cell, of fastrnn or of torch.nn.
+        input, hx, reset, lengths, all_states: as for the module's forward. The answer depends also on what is active
+            now: autocast, function transforms, fastrnn.patch().
+
+    Raises:
+        TypeError: `module` is not one of those.
+    """
+    extended = reset is not None or lengths is not None or bool(all_states)
+    if isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)):
+        return _explain_sequence(module, input, hx, extended)
+    if isinstance(module, (nn.RNNCell, nn.LSTMCell, nn.GRUCell)):
+        return _explain_cell(module, input, hx)
+    raise TypeError(f"module: expected an RNN, LSTM, GRU or a cell of one, got {type(module).__name__}")
+
+
+def _plan(route: Route, cell: str, layers) -> Plan:
+    kernel = route.path == KERNEL
+    return Plan(
+        route.path,
+        route.reason,
+        cell,
+        None if route.path == TORCH else route.work,
+        _C.isa() if kernel else None,
+        torch.get_num_threads() if kernel else None,
+        tuple(layers),
+    )
+
+
+def _explain_sequence(module, input, hx, extended: bool) -> Plan:
+    cell = modules._CELL[module.mode]
+    D = 2 if module.bidirectional else 1
+    sizes = {"H": module.hidden_size, "D": D}
+    if module.proj_size:
+        sizes["P"] = module.proj_size
+    widths = [module.input_size] + [D * (module.proj_size or module.hidden_size)] * (module.num_layers - 1)
+    call = modules.resolve(module, input, hx)
+    if call is not None:
+        sizes = {"T": call.T, "B": call.B} | sizes
+    layers = [{"I": width} | sizes for width in widths]
+    if type(module).forward not in modules.FORWARDS:
+        why = f"the forward of {type(module).__name__} is not fastrnn's; see fastrnn.accelerate and fastrnn.patch"
+        return _plan(Route(TORCH, why), cell, layers)
+    if call is None:
+        why = "the arguments do not fit the module, so torch.nn's own forward gets them and raises its error"
+        return _plan(Route(TORCH, why), cell, layers)
+    h0, c0 = call.hx if cell == "lstm" and call.hx is not None else (call.hx, None)
+    route = plan(cell, call.data, h0, c0, call.weights, not call.packed, extended)
+    return _plan(route, cell, layers)
+
+
+def _explain_cell(module, input, hx) -> Plan:
+    ours = {nn.RNNCell: cells.RNNCell, nn.LSTMCell: cells.LSTMCell, nn.GRUCell: cells.GRUCell}
+    base = next(base for base in ours if isinstance(module, base))
+    cell = cells.name(module)
+    layers = [{"I": module.input_size, "H": module.hidden_size}]
+    if type(module).forward is not ours[base].forward:
+        why = f"the forward of {type(module).__name__} is not fastrnn's; see fastrnn.accelerate and fastrnn.patch"
+        return _plan(Route(TORCH, why), cell, layers)
+    call = cells.resolve(module, cell, input, hx)
+    if call is None:
+        why = "torch.nn's own forward gets the arguments: they do not fit the module, or hidden_size is 0"
+        return _plan(Route(TORCH, why), cell, layers)
+    layers = [{"T": 1, "B": call[0].size(1)} | layers[0]]
+    return _plan(plan(cell, *call, False, False), cell, layers)
+
+
+def build_info() -> dict:
+    """What this build holds and what it runs on here: a dict of
+
+    version; torch (built for) and torch_running; compiler; cuda_architectures; isas (built in), available (on this
+    machine), isa (in use); rejected_environment (a value of FASTRNN_ISA that names no available one, or None).
+    """
+    return _C.build_info() | {"torch_running": torch.__version__}

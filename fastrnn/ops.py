@@ -1,0 +1,225 @@
+"""torch.ops.fastrnn.*: loads the native library, and tells torch what it must know of the two operators beside their
+kernels: the shapes and strides they return (fake kernels, for torch.compile, export and meta tensors) and their
+floating-point operations (for torch.utils.flop_counter).
+
+The operators themselves are csrc/ops.cpp; their arguments and results are described at `layer` and `layer_backward`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+def _load() -> None:
+    library = Path(__file__).with_name("_ops.so")
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 11):
+        raise ImportError(f"fastrnn: expected torch 2.11 or newer, got torch {torch.__version__}")
+    if not library.exists():
+        raise ImportError(
+            f"fastrnn: its native library {library.name} was not built: expected it beside {__file__}. "
+            "Install the package with `pip install .`, or build in place with `python setup.py build_ext --inplace`"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(f"fastrnn: torch {torch.__version__} could not load {library.name}: {error}") from error
+
+
+_load()
+from fastrnn import _C  # noqa: E402  (links against the library loaded above)
+
+# One entry for each cell, from csrc/cells.h: name, gates, slots, x_first, hidden_gate, tape, has_c.
+CELLS: dict[str, dict] = {cell["name"]: cell for cell in _C.cells()}
+
+_layer = torch.ops.fastrnn.layer.default
+_layer_backward = torch.ops.fastrnn.layer_backward.default
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    bidirectional: bool,
+    batch_major: bool,
+    all_states: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer, all its directions, the whole sequence. Not differentiable by itself (autograd.py is).
+
+    T steps, B rows, I features, H hidden units, P width of h, D directions, N stored rows.
+
+    Args:
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        input: (T, B, I) of any strides; or packed (N, I) with `batch_sizes`. float32, float64, bfloat16 or float16.
+        h0, c0: (D, B, P) and (D, B, H, LSTM only); None is zero.
+        weights: for each direction w_ih (G*H, I), w_hh (G*H, P), [b_ih, b_hh (G*H)], [w_hr (P, H)].
+        batch_sizes: CPU int64 (T,), never growing.  lengths: CPU int64 or int32 (B,), 0 to T.
+        reset: bool (T, B); for packed input the rows in packed order.
+        batch_major: lay `output` out as a contiguous (B, T, D*P), seen as (T, B, D*P).
+        save: write the tape that `layer_backward` needs.
+
+    Returns:
+        output (T, B, D*P) or (N, D*P), h_n (D, B, P), c_n (D, B, H), h_all (D, T, B, P), c_all (D, T, B, H), tape.
+        What was not asked for, and c of a cell without one, has shape (0,).
+
+    Raises:
+        RuntimeError: naming the argument, what was expected, what came.
+    """
+    return _layer(
+        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save
+    )
+
+
+def layer_backward(
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    tape: Tensor,
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    d_h_all: Tensor | None,
+    d_c_all: Tensor | None,
+    bidirectional: bool,
+    batch_major: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Back-propagation through time of `layer`.
+
+    `needs` says which gradients are wanted, in the order input, h0, c0, *weights; the result has the same order, with
+    a tensor of shape (0,) for what was not wanted. Incoming gradients may be None (zero) and of any strides.
+    `batch_major` gives the gradient of the input the layout that it gives `layer`'s output.
+    """
+    return _layer_backward(
+        cell,
+        input,
+        h0,
+        c0,
+        weights,
+        batch_sizes,
+        lengths,
+        reset,
+        tape,
+        d_output,
+        d_h_n,
+        d_c_n,
+        d_h_all,
+        d_c_all,
+        bidirectional,
+        batch_major,
+        needs,
+    )
+
+
+def _rows(like: Tensor, T, B, columns, batch_major: bool) -> Tensor:
+    """An empty (T, B, columns), laid out as (B, T, columns) when batch_major."""
+    if batch_major:
+        return like.new_empty(B, T, columns).transpose(0, 1)
+    return like.new_empty(T, B, columns)
+
+
+@torch.library.register_fake("fastrnn::layer")
+def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save):
+    traits = CELLS[cell]
+    D = 2 if bidirectional else 1
+    P = weights[1].size(1)
+    H = weights[1].size(0) // traits["gates"]
+    projection = len(weights) // D % 2 == 1
+    if batch_sizes is None:
+        T, B = input.size(0), input.size(1)
+        N = T * B
+        output = _rows(input, T, B, D * P, batch_major)
+    else:
+        N, T = input.size(0), batch_sizes.size(0)
+        known = next((t for t in (h0, c0, reset) if t is not None), None)
+        B = known.size(1) if known is not None else batch_sizes[0].item()
+        output = input.new_empty(N, D * P)
+    none = input.new_empty
+    has_c = traits["has_c"]
+    tape_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    width = traits["tape"] * H + (P if projection else 0)
+    return (
+        output,
+        input.new_empty(D, B, P),
+        input.new_empty(D, B, H) if has_c else none(0),
+        input.new_empty(D, T, B, P) if all_states else none(0),
+        input.new_empty(D, T, B, H) if all_states and has_c else none(0),
+        input.new_empty((D, N, width) if save else 0, dtype=tape_dtype),
+    )
+
+
+@torch.library.register_fake("fastrnn::layer_backward")
+def _(
+    cell,
+    input,
+    h0,
+    c0,
+    weights,
+    batch_sizes,
+    lengths,
+    reset,
+    tape,
+    d_output,
+    d_h_n,
+    d_c_n,
+    d_h_all,
+    d_c_all,
+    bidirectional,
+    batch_major,
+    needs,
+):
+    def gradient(needed, of):
+        return input.new_empty(of.shape if needed else 0)
+
+    if needs[0] and batch_sizes is None:
+        d_input = _rows(input, *input.shape, batch_major)
+    else:
+        d_input = gradient(needs[0], input)
+    others = zip(needs[1:], [h0, c0, *weights], strict=True)
+    return [d_input, *(gradient(needed, of) for needed, of in others)]
+
+
+def _products(cell: str, input, weights, bidirectional: bool) -> tuple[int, int, int]:
+    """Multiplications and additions of input projection, recurrence and state projection, from shapes."""
+    D = 2 if bidirectional else 1
+    rows = 1
+    for size in input[:-1]:
+        rows *= size
+    gates_h, P = weights[1]
+    H = gates_h // CELLS[cell]["gates"]
+    projection = len(weights) // D % 2 == 1
+    return 2 * D * rows * gates_h * input[-1], 2 * D * rows * gates_h * P, 2 * D * rows * H * P if projection else 0
+
+
+@register_flop_formula(torch.ops.fastrnn.layer)
+def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, *args, out_shape=None, **kwargs) -> int:
+    """The products alone, as torch counts matrix products; gates and padding past a length are not told apart."""
+    return sum(_products(cell, input, weights, bidirectional))
+
+
+@register_flop_formula(torch.ops.fastrnn.layer_backward)
+def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
+    bidirectional, _batch_major, needs = args[-3:]
+    into_input, recurrent, state = _products(cell, input, weights, bidirectional)
+    D = 2 if bidirectional else 1
+    per = len(weights) // D
+    total = into_input * needs[0] + recurrent + state
+    for d in range(D):
+        needed = needs[3 + d * per : 3 + (d + 1) * per]
+        total += (into_input * needed[0] + recurrent * needed[1] + (state * needed[-1] if state else 0)) // D
+    return total

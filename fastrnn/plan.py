@@ -1,0 +1,117 @@
+"""The one place that chooses who computes a call (fastrnn's kernels, torch's own implementation, or reference.py),
+and in what dtypes, which under autocast is a matter of its own. The functions, the modules and `explain` all ask here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+KERNEL, TORCH, REFERENCE = "fastrnn cpu kernel", "torch", "reference"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
+
+
+class Route(NamedTuple):
+    """Who computes a call, and in what dtypes: `work` inside, `h` and `c` of the results (h's also the output's)."""
+
+    path: str
+    reason: str
+    work: torch.dtype | None = None
+    h: torch.dtype | None = None
+    c: torch.dtype | None = None
+
+
+SERVED = {
+    dtype: Route(KERNEL, f"{str(dtype)[6:]} on the CPU is served by fastrnn's kernels", dtype, dtype, dtype)
+    for dtype in _DTYPES
+}
+
+
+def plan(
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights, onednn: bool, extended: bool
+) -> Route:
+    """Chooses the implementation for a call whose shapes are valid.
+
+    onednn: the call is one that torch would give to oneDNN's LSTM if the dtypes suit (it decides dtypes in autocast).
+    extended: reset, lengths or all_states is used, which torch has not.
+    """
+    dtype, on_cpu = input.dtype, input.is_cpu
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
+    reason = None
+    if torch._C._are_functorch_transforms_active():
+        reason = "a function transform (vmap, grad, jvp, ...) is active"
+    elif forward_ad._current_level >= 0:
+        reason = "forward-mode differentiation is active"
+    elif torch._C._get_tracing_state() is not None:
+        reason = "torch.jit.trace is recording, and a graph of torch's operators loads without fastrnn"
+    elif torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        reason = "ONNX export: ONNX knows torch's operators"
+    elif not (on_cpu or input.is_meta):
+        reason = f"no kernel for device {input.device.type} yet"
+    elif dtype not in SERVED:
+        reason = f"no kernel for dtype {dtype}"
+    else:
+        for tensor in (input, h0, c0, *weights):
+            if tensor is None:
+                continue
+            if tensor.dtype is not dtype and not autocast:
+                reason = f"the dtypes of the arguments differ: {dtype} and {tensor.dtype}"
+                break
+            if tensor.is_cpu is not on_cpu or not (on_cpu or tensor.is_meta):
+                reason = f"the devices of the arguments differ: {input.device} and {tensor.device}"
+                break
+            if type(tensor) not in _PLAIN:
+                reason = f"an argument is of the tensor subclass {type(tensor).__name__}"
+                break
+    if reason is None and not autocast:
+        return SERVED[dtype]
+    if not autocast:
+        return Route(REFERENCE if extended else TORCH, reason, dtype, dtype, dtype)
+    return _plan_autocast(cell, input, h0, c0, weights, onednn, extended, reason)
+
+
+def _onednn_enabled() -> bool:
+    return torch._C._get_mkldnn_enabled()
+
+
+# What torch.compiler.assume_constant_result does, without importing all of Dynamo here: torch.compile reads the switch
+# once, at compile time.
+_onednn_enabled._dynamo_marked_constant = True
+
+
+def _plan_autocast(cell, input, h0, c0, weights, onednn, extended, reason) -> Route:
+    """The dtypes that torch.nn's classes return under autocast, where fastrnn computes.
+
+    On the CPU torch casts what enters a matrix product and promotes the rest: the plain RNN comes out in autocast's
+    dtype, GRU and LSTM in the wider of that and the state's. Only oneDNN's LSTM (dense input, no projection) is cast as
+    a whole; a projection casts h once more. Where the result is float32 the kernels compute in float32.
+    """
+    low = torch.get_autocast_dtype(input.device.type)
+    tensors = [t for t in (input, h0, c0, *weights) if t is not None]
+    if reason is None and any(t.dtype not in (torch.float32, low) for t in tensors):
+        if all(t.dtype == torch.float64 for t in tensors):
+            return SERVED[torch.float64]  # autocast leaves float64 alone
+        reason = "autocast with other dtypes than float32 and its own"
+    projection = cell == "lstm" and weights[1].size(1) * 4 != weights[1].size(0)
+    state = input if h0 is None else h0 if c0 is None else c0
+    work = low if cell.startswith("rnn") else torch.promote_types(low, state.dtype)
+    if input.device.type == "cuda":
+        work = low  # cuDNN casts everything
+    elif (
+        cell == "lstm"
+        and onednn
+        and not projection
+        and _onednn_enabled()
+        and input.numel()
+        and (low == torch.bfloat16 or input.dtype == torch.float32 or not torch.is_grad_enabled())
+    ):
+        work = low
+    h = low if projection else work
+    path = KERNEL if reason is None else REFERENCE if extended else TORCH
+    return Route(path, reason or f"autocast to {str(low)[6:]}, computed in {str(work)[6:]}", work, h, work)

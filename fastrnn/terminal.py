@@ -1,0 +1,84 @@
+"""What `python -m fastrnn` prints with: progress and tables, by rich on a terminal, as plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+
+def rich_console():
+    """A rich Console when rich is installed and stdout is a terminal, else None (pipes and logs get plain lines)."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(highlight=False)
+
+
+class Progress:
+    """Bars side by side: `with Progress({"torch.nn": 400, "fastrnn": 400}) as p: p.update("fastrnn", 12, "loss 3.1")`.
+
+    Plain output: one line whenever a bar has come a tenth further and a second has passed, and at its end.
+    """
+
+    def __init__(self, totals: dict[str, int]):
+        self.totals = totals
+        self._bars = None
+        console = rich_console()
+        if console is not None:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bars
+
+            self._bars = Bars(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[text]}"), console=console,
+            )  # fmt: skip
+            self._tasks = {name: self._bars.add_task(name, total=n, text="") for name, n in totals.items()}
+        else:
+            self._printed = dict.fromkeys(totals, (0, 0.0))
+            self._width = max(map(len, totals))
+
+    def __enter__(self) -> Progress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        print()
+
+    def update(self, name: str, done: int, text: str) -> None:
+        if self._bars is not None:
+            self._bars.update(self._tasks[name], completed=done, text=text)
+            return
+        total, (last, when) = self.totals[name], self._printed[name]
+        now = time.monotonic()
+        if done == total or (10 * (done - last) >= total and now - when >= 1.0):
+            self._printed[name] = (done, now)
+            print(f"{name:<{self._width}}  {done:>{len(str(total))}}/{total}  {text}", flush=True)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """First column to the left, the others to the right."""
+    console = rich_console()
+    if console is not None:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    print(title)
+    for row in (header, ["-" * w for w in widths], *rows):
+        cells = [f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
+    print(flush=True)
