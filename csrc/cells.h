@@ -99,7 +99,7 @@ struct Gru {
   static constexpr int gates = 3, slots = 4, x_first = 1, tape = 5;
   static constexpr int hidden_gate[4] = {2, 0, 1, 0};
   static constexpr bool has_c = false;
-  enum { NH, R, Z, NX };                   // slots: hidden part of n, r, z, input part of n
+  enum { NH, R, Z, NX };  // slots: hidden part of n, r, z, input part of n
   enum { TAPE_NH, TAPE_R, TAPE_Z, TAPE_N, TAPE_H };
 
   template <class V>
@@ -137,14 +137,10 @@ inline void for_each_cell(F&& f) {
 
 template <class Cell>
 constexpr CellTraits traits_of() {
-  return {Cell::name,
-          Cell::kind,
-          Cell::gates,
-          Cell::slots,
-          Cell::x_first,
-          {Cell::hidden_gate[0], Cell::hidden_gate[1], Cell::hidden_gate[2], Cell::hidden_gate[3]},
-          Cell::tape,
-          Cell::has_c};
+  return {Cell::name,    Cell::kind,
+          Cell::gates,   Cell::slots,
+          Cell::x_first, {Cell::hidden_gate[0], Cell::hidden_gate[1], Cell::hidden_gate[2], Cell::hidden_gate[3]},
+          Cell::tape,    Cell::has_c};
 }
 
 }  // namespace fastrnn

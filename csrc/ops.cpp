@@ -1,8 +1,8 @@
-// torch.ops.fastrnn.*: schemas, checks, allocation, and the library products of the weight gradients.
+// torch.ops.fastrnn.*: schemas, checks, allocation, and which sums the weight gradients are.
 //
 //   check()           arguments -> Problem: a problem.h Layer, the tensors that keep its pointers alive, the sizes
 //   layer()           allocates the results, fills Forward, runs the kernel
-//   layer_backward()  fills Backward, runs the kernel, multiplies dgates into the weight gradients
+//   layer_backward()  fills Backward, runs the kernel, sums up the weight gradients
 //
 // Letters for sizes are problem.h's. Errors name the argument, what was expected and what came.
 #include <algorithm>
@@ -227,6 +227,15 @@ Problem check(const Arguments& a, bool bidirectional) {
   return p;
 }
 
+// Zeroes the rows of a dense [T, B] block that lie past their length.
+void clear_past_lengths(const Problem& p, void* data, size_t row_bytes) {
+  const Layer& l = p.layer;
+  if (p.packed || !l.lengths) return;
+  for (int64_t b = 0; b < l.B; ++b)
+    for (int64_t t = l.lengths[b]; t < l.T; ++t)
+      std::memset(static_cast<char*>(data) + (t * l.B + b) * row_bytes, 0, row_bytes);
+}
+
 int64_t tape_width(const Problem& p) { return p.cell->tape * p.layer.H + (p.projection ? p.layer.P : 0); }
 
 // --------------------------------------------------------------------------------------------------------- forward
@@ -256,7 +265,11 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
   if (has_c) f.c_n = c_n.data_ptr();
   if (all_states) f.h_all = h_all.data_ptr();
   if (all_states && has_c) f.c_all = c_all.data_ptr();
-  if (save) f.tape = tape.data_ptr();
+  if (save) {
+    f.tape = tape.data_ptr();
+    const size_t row_bytes = tape_width(p) * tape.element_size();  // the kernel leaves those rows alone
+    for (int d = 0; d < f.D; ++d) clear_past_lengths(p, static_cast<char*>(f.tape) + d * p.N * row_bytes, row_bytes);
+  }
   if (f.B) current().forward(f, team());
 
   const Tensor* results[] = {&y, &h_n, &c_n, &h_all, &c_all, &tape};
@@ -275,29 +288,11 @@ Tensor input_matrix(const Problem& p) {
     return view(p.input, {p.N, l.I}, {row, 1}, 0);
   Tensor copy = empty(p.packed ? Sizes{p.N, l.I} : Sizes{l.T, l.B, l.I}, p.compute);
   stable::copy_(copy, p.input);
-  if (!p.packed && l.lengths) {
-    const size_t bytes = l.I * copy.element_size();
-    for (int64_t b = 0; b < l.B; ++b)
-      for (int64_t t = l.lengths[b]; t < l.T; ++t)
-        std::memset(static_cast<char*>(copy.data_ptr()) + (t * l.B + b) * bytes, 0, bytes);
-  }
+  clear_past_lengths(p, copy.data_ptr(), l.I * copy.element_size());
   return view(copy, {p.N, l.I}, {std::max<int64_t>(l.I, 1), 1}, 0);
 }
 
-// Rows [row, row + m) of out = a[direction, :, column : column + m]^T @ x; a is [D, N, columns], x a matrix [N, n].
-// The CPU product itself, not the dispatcher's aten::mm, which would round to 16 bits when autocast is on.
-void product(const Tensor& out, int64_t row, int64_t m, const Tensor& a, int64_t direction, int64_t column,
-             const Tensor& x) {
-  const int64_t N = a.size(1), columns = a.size(2), n = x.size(1), stride = std::max<int64_t>(n, 1);
-  const Tensor rows = view(out, {m, n}, {stride, 1}, row * stride);
-  const Tensor transposed = view(a, {m, N}, {1, columns}, direction * N * columns + column);
-  succeed(aoti_torch_cpu_mm_out(rows.get(), transposed.get(), x.get()), "multiplying a weight gradient");
-}
-
-// One direction of [D, N, columns] as a matrix.
-Tensor matrix(const Tensor& t, int64_t direction) {
-  return view(t, {t.size(1), t.size(2)}, {t.size(2), 1}, direction * t.size(1) * t.size(2));
-}
+Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 
 // Calls f(slot, gate, count) for every run of slots that hold consecutive gates of w_hh.
 template <class F>
@@ -308,43 +303,49 @@ void for_each_hidden_run(const CellTraits& cell, F&& f) {
   }
 }
 
-// What the kernel writes for the library products, and the products. Absent members: not wanted.
+// What the kernel leaves for the weight gradients, and the sums they are. Absent members: not wanted.
 struct WeightGradients {
   Tensor dgates;
   std::optional<Tensor> h_prev, dh_out, h_raw, x;
+  std::vector<RowSum> sums;
 
-  Tensor operator()(const Problem& p, int64_t d, size_t role) const {
+  // Sums of input weights and bias, hidden weights and bias, projection of direction d; null for what is not wanted.
+  void add_input(const Problem& p, int64_t d, void* w_ih, void* b_ih) {
     const CellTraits& cell = *p.cell;
-    const int64_t H = p.layer.H, GH = cell.gates * H;
-    if (role == 4) {
-      const Tensor out = empty({p.layer.P, H}, p.compute);
-      product(out, 0, p.layer.P, *dh_out, d, 0, matrix(*h_raw, d));
-      return out;
-    }
-    if (role == 0) {
-      const Tensor out = empty({GH, p.layer.I}, p.compute);
-      product(out, 0, GH, dgates, d, cell.x_first * H, *x);
-      return out;
-    }
-    if (role == 1) {
-      const Tensor out = empty({GH, p.layer.P}, p.compute), h = matrix(*h_prev, d);
-      for_each_hidden_run(
-          cell, [&](int slot, int gate, int count) { product(out, gate * H, count * H, dgates, d, slot * H, h); });
-      return out;
-    }
-    const Tensor out = empty({GH}, p.compute);  // a bias: column sums
-    const int64_t rows = 0;
-    const Tensor sums = stable::sum(matrix(dgates, d), stable::IntHeaderOnlyArrayRef(&rows, 1));
-    const size_t bytes = H * out.element_size();
-    const auto copy = [&](int slot, int gate, int count) {
-      std::memcpy(static_cast<char*>(out.data_ptr()) + gate * bytes,
-                  static_cast<const char*>(sums.data_ptr()) + slot * bytes, count * bytes);
+    const int64_t H = p.layer.H;
+    if (w_ih || b_ih) add(p, cell.gates * H, dgates, d, cell.x_first * H, x, 0, w_ih, b_ih);
+  }
+  void add_hidden(const Problem& p, int64_t d, void* w_hh, void* b_hh) {
+    const int64_t H = p.layer.H, size = dgates.element_size();
+    const auto at = [&](void* result, int64_t values) {
+      return result ? static_cast<char*>(result) + values * size : nullptr;
     };
-    if (role == 2)
-      copy(cell.x_first, 0, cell.gates);
-    else
-      for_each_hidden_run(cell, copy);
-    return out;
+    if (w_hh || b_hh)
+      for_each_hidden_run(*p.cell, [&](int slot, int gate, int count) {
+        add(p, count * H, dgates, d, slot * H, h_prev, d, at(w_hh, gate * H * p.layer.P), at(b_hh, gate * H));
+      });
+  }
+  void add_projection(const Problem& p, int64_t d, void* w_hr) {
+    if (w_hr) add(p, p.layer.P, *dh_out, d, 0, h_raw, d, w_hr, nullptr);
+  }
+
+ private:
+  // a: columns [column, column + rows) of left[left_direction], b: right[right_direction]; operands are [D, N,
+  // columns], or a matrix.
+  void add(const Problem& p, int64_t rows, const Tensor& left, int64_t left_direction, int64_t column,
+           const std::optional<Tensor>& right, int64_t right_direction, void* weight, void* bias) {
+    RowSum s;
+    s.rows = rows;
+    s.ld_a = left.size(2);
+    s.a = static_cast<const char*>(left.data_ptr()) + (left_direction * p.N * s.ld_a + column) * left.element_size();
+    if (weight) {
+      s.columns = right->size(right->dim() - 1);
+      s.ld_b = right->stride(right->dim() - 2);
+      s.b = static_cast<const char*>(right->data_ptr()) + right_direction * p.N * s.ld_b * left.element_size();
+    }
+    s.weight = weight;
+    s.bias = bias;
+    sums.push_back(s);
   }
 };
 
@@ -393,7 +394,7 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   };
   bool wanted[5] = {};
   for (size_t k = 0; k < a.weights.size(); ++k) wanted[role_of(k)] |= needs[3 + k];
-  WeightGradients gradients{empty({b.D, p.N, p.cell->slots * b.H}, p.compute), {}, {}, {}, {}};
+  WeightGradients gradients{empty({b.D, p.N, p.cell->slots * b.H}, p.compute), {}, {}, {}, {}, {}};
   b.dgates = gradients.dgates.data_ptr();
   const auto operand = [&](bool is_wanted, std::optional<Tensor>& tensor, int64_t columns) {
     if (!is_wanted) return static_cast<void*>(nullptr);
@@ -406,8 +407,19 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   if (b.B) current().backward(b, team());
 
   if (wanted[0]) gradients.x = input_matrix(p);
-  for (size_t k = 0; k < a.weights.size(); ++k)
-    if (needs[3 + k]) results[3 + k] = stable::to(gradients(p, k / p.per_direction, role_of(k)), p.input.scalar_type());
+  for (int64_t d = 0; d < b.D; ++d) {
+    void* result[5] = {};
+    for (size_t k = d * p.per_direction; k < (d + 1) * p.per_direction; ++k)
+      if (needs[3 + k]) result[role_of(k)] = (results[3 + k] = empty(sizes_of(a.weights[k]), p.compute)).data_ptr();
+    gradients.add_input(p, d, result[0], result[2]);
+    gradients.add_hidden(p, d, result[1], result[3]);
+    gradients.add_projection(p, d, result[4]);
+  }
+  const Dtype compute = b.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  current().row_sums(gradients.sums.data(), static_cast<int>(gradients.sums.size()), p.N, compute, team());
+  if (p.dtype != p.compute)
+    for (size_t k = 0; k < a.weights.size(); ++k)
+      if (needs[3 + k]) results[3 + k] = stable::to(results[3 + k], p.input.scalar_type());
   stack[0] = stable::detail::from(results);
 }
 

@@ -45,10 +45,10 @@ struct Layer {
   const int64_t* lengths = nullptr;    // [B] steps of each row, 0..T; null: T everywhere. Always set when packed
   const bool* reset = nullptr;         // element (t, b) at reset[t * reset_step + b * reset_row]; null: none
   int64_t reset_step = 0, reset_row = 0;
-  ConstRows x;                // [T, B, I] storage
-  Weights weights[2];         // storage
-  const void* h0 = nullptr;   // [D, B, P] storage; null: zero
-  const void* c0 = nullptr;   // [D, B, H] storage; null: zero
+  ConstRows x;               // [T, B, I] storage
+  Weights weights[2];        // storage
+  const void* h0 = nullptr;  // [D, B, P] storage; null: zero
+  const void* c0 = nullptr;  // [D, B, H] storage; null: zero
 };
 
 struct Forward : Layer {
@@ -70,7 +70,7 @@ struct Backward : Layer {
   Rows dx;                       // [T, B, I] storage; data null: not wanted
   void* dh0 = nullptr;           // [D, B, P] storage; null: not wanted
   void* dc0 = nullptr;           // [D, B, H] storage; null: not wanted
-  // Operands of the weight gradients, compute dtype, contiguous. Rows past a length are zero.
+  // Operands of the weight gradients (RowSum), compute dtype, contiguous. Rows past a length are zero.
   void* dgates = nullptr;  // [D, N, slots*H] gradient of the pre-activations, always written
   void* h_prev = nullptr;  // [D, N, P] the state that entered each step; null: not wanted
   void* dh_out = nullptr;  // [D, N, P] gradient of the projected state; projection only; null: not wanted
@@ -92,6 +92,20 @@ struct CellTraits {
 };
 
 const CellTraits& traits(CellKind kind);
+
+// The gradients of a weight and its bias as sums over the N stored rows, compute dtype, for i < rows, j < columns:
+//   weight[i * columns + j] = sum over n of a[n * ld_a + i] * b[n * ld_b + j]
+//   bias[i] = sum over n of a[n * ld_a + i]
+// Either result may be null: not wanted.
+struct RowSum {
+  int64_t rows = 0, columns = 0;
+  const void* a = nullptr;
+  int64_t ld_a = 0;
+  const void* b = nullptr;
+  int64_t ld_b = 0;
+  void* weight = nullptr;
+  void* bias = nullptr;
+};
 
 // Who does the work: size workers, and a way to run body(argument, begin, end) over [0, n). One call may be handed
 // several items, or all of them.

@@ -89,7 +89,7 @@ def read_text(path: str | None, length: int) -> str:
     except UnicodeDecodeError as error:
         raise BadArgument(f"{expected}, got {path!r}: byte {error.start} is not UTF-8") from None
     if len(text) < least:
-        raise BadArgument(f"{expected}, got {path!r} with {len(text)}")
+        raise BadArgument(f"{expected}, got {path!r} with {len(text)} characters")
     return text
 
 
@@ -274,18 +274,18 @@ def report(theirs: Trainee, ours: Trainee, validation: list[float], args: argpar
     else:
         verdict = (
             f"the same curve up to rounding: at most {DRIFT:g} apart until step {start - 1};\n{'':20}"
-            "from there on rounding differences grow chaotically, as expected late in training."
+            "from there on rounding differences grow chaotically, as they do in torch.nn when one rounding is changed."
         )
     print(f"Verdict:            {verdict}")
     return good
 
 
 def smooth(values: list[float], reach: int) -> list[float]:
-    """Mean over each value and its `reach` neighbours on either side (at both ends fewer, equally on both sides)."""
+    """Mean over each value and `reach` neighbours either side; fewer at the steep start and at the end."""
     found = []
     for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        found.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
+        near = values[i - min(reach, i) : i + min(reach, i) + 1]
+        found.append(sum(near) / len(near))
     return found
 
 

@@ -37,8 +37,8 @@ def run(
 ):
     """A checked call.
 
-    input 3-D, or 2-D packed with batch_sizes (then rows of hx, reset and results are in packed
-    order, and batch_first is False); reset (T, B). Returns (output, h_n, c_n, h_all, c_all), None for what there is not.
+    input 3-D, or 2-D packed with batch_sizes (then rows of hx, reset and results are in packed order, and batch_first
+    is False); reset (T, B). Returns (output, h_n, c_n, h_all, c_all), None for what there is not.
     """
     h0, c0 = (hx, None) if cell != "lstm" or hx is None else hx
     extended = reset is not None or lengths is not None or all_states
@@ -408,11 +408,11 @@ def _check_weights(cell, data, weights, bias, num_layers, D) -> tuple:
     G = ops.CELLS[cell]["gates"]
     per = 4 if bias else 2
     count = num_layers * D
-    allowed = (per, per + 1) if cell == "lstm" else (per,)
     if num_layers < 1:
         raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
-    if len(weights) not in [n * count for n in allowed]:
-        expected = " or ".join(str(n * count) for n in allowed)
+    # Compared one by one: under torch.compile(dynamic=True) num_layers may be symbolic, and `in` is not traced then.
+    if len(weights) != per * count and not (cell == "lstm" and len(weights) == (per + 1) * count):
+        expected = f"{per * count} or {(per + 1) * count}" if cell == "lstm" else f"{per * count}"
         raise ValueError(
             f"weights: expected {expected} tensors for {num_layers} layer(s), {D} direction(s), bias={bias}, "
             f"got {len(weights)}"

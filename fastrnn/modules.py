@@ -131,7 +131,11 @@ _DOC = """torch.nn's forward, and what it has not.
     """
 
 
-def _forward(self, input, hx, reset, lengths, all_states):
+def _forward(self, input, hx, positional, reset, lengths, all_states):
+    if positional and not torch.onnx.is_in_onnx_export():  # torch.onnx's older exporter passes the defaults like that
+        raise TypeError(
+            f"reset, lengths, all_states: expected keyword arguments, got {len(positional)} more positional argument(s)"
+        )
     extended = reset is not None or lengths is not None or all_states
     call = resolve(self, input, hx)
     if call is None:
@@ -182,8 +186,8 @@ def twin(self: nn.Module, base: type[nn.Module], forward, torch_forward) -> nn.M
 class RNN(nn.RNN):
     __doc__ = f"torch.nn.RNN on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.RNN.__doc__}"
 
-    def forward(self, input, hx=None, *, reset=None, lengths=None, all_states=False):
-        return _forward(self, input, hx, reset, lengths, all_states)
+    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False):
+        return _forward(self, input, hx, positional, reset, lengths, all_states)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.RNN, RNN.forward, TORCH_FORWARD[nn.RNN])
@@ -192,8 +196,8 @@ class RNN(nn.RNN):
 class LSTM(nn.LSTM):
     __doc__ = f"torch.nn.LSTM on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.LSTM.__doc__}"
 
-    def forward(self, input, hx=None, *, reset=None, lengths=None, all_states=False):
-        return _forward(self, input, hx, reset, lengths, all_states)
+    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False):
+        return _forward(self, input, hx, positional, reset, lengths, all_states)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.LSTM, LSTM.forward, TORCH_FORWARD[nn.LSTM])
@@ -202,8 +206,8 @@ class LSTM(nn.LSTM):
 class GRU(nn.GRU):
     __doc__ = f"torch.nn.GRU on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.GRU.__doc__}"
 
-    def forward(self, input, hx=None, *, reset=None, lengths=None, all_states=False):
-        return _forward(self, input, hx, reset, lengths, all_states)
+    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False):
+        return _forward(self, input, hx, positional, reset, lengths, all_states)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.GRU, GRU.forward, TORCH_FORWARD[nn.GRU])

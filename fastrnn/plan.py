@@ -54,6 +54,8 @@ def plan(
         reason = "ONNX export: ONNX knows torch's operators"
     elif not (on_cpu or input.is_meta):
         reason = f"no kernel for device {input.device.type} yet"
+    elif input.layout is not torch.strided:
+        reason = f"no kernel for the layout {str(input.layout)[6:]}"
     elif dtype not in SERVED:
         reason = f"no kernel for dtype {dtype}"
     else:

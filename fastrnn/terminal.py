@@ -34,7 +34,7 @@ class Progress:
 
             self._bars = Bars(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("{task.fields[text]}"), console=console,
+                TextColumn("{task.fields[text]}"), console=console, refresh_per_second=4,
             )  # fmt: skip
             self._tasks = {name: self._bars.add_task(name, total=n, text="") for name, n in totals.items()}
         else:

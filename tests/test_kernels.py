@@ -34,7 +34,11 @@ def drivers(tmp_path_factory):
     """Builds the driver once per sanitizer; returns the paths."""
     folder = tmp_path_factory.mktemp("driver")
     compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-pthread", "-w"]
-    rest = [CSRC / "cpu" / "workspace.cpp", CSRC / "cpu" / "dispatch.cpp", Path(__file__).parent / "csrc" / "driver.cpp"]
+    rest = [
+        CSRC / "cpu" / "workspace.cpp",
+        CSRC / "cpu" / "dispatch.cpp",
+        Path(__file__).parent / "csrc" / "driver.cpp",
+    ]
 
     def compile_one(sanitizer, tiers, source):
         target = folder / f"{sanitizer}-{source.stem}.o"
@@ -65,8 +69,10 @@ def drivers(tmp_path_factory):
     [
         ("address", ["layers", "120"]),
         ("address", ["gradient", "60"]),
+        ("address", ["row_sums", "60"]),
         ("address", ["ulp", "40009"]),
         ("thread", ["layers", "40"]),
+        ("thread", ["row_sums", "30"]),
     ],
 )
 def test_driver(drivers, sanitizer, arguments):

@@ -1,10 +1,10 @@
-// Back-propagation through time for one layer: a slice of rows runs through all steps of one direction in reverse order,
-// carrying dh and dc; then dx for all stored rows at once. The weight gradients are products over all steps, left to a
-// library: this pass leaves their operands (Backward::dgates, h_prev, dh_out, h_raw).
+// Back-propagation through time for one layer: a slice of rows runs through all steps of one direction in reverse
+// order, carrying dh and dc; then dx for all stored rows at once. The weight gradients are sums over all steps
+// (row_sums.h): this pass leaves their operands (Backward::dgates, h_prev, dh_out, h_raw).
 //
-// Per step: dh += dy; through the projection, if any; through the cell, which gives the gradient of its pre-activations;
-// and dh = what bypasses the recurrent product + dgates W_hh. States are read back from the tape; the LSTM's h is
-// o tanh(c) again. Where a reset cut the state, the carries become zero.
+// Per step: dh += dy; through the projection, if any; through the cell, which gives the gradient of its
+// pre-activations; and dh = what bypasses the recurrent product + dgates W_hh. States are read back from the tape; the
+// LSTM's h is o tanh(c) again. Where a reset cut the state, the carries become zero.
 
 template <class Cell, class V>
 struct BackwardPass {
@@ -197,9 +197,9 @@ struct BackwardPass {
       const T* tape = zeroed || first ? nullptr : tape_row(d, before, b);
       if (Cell::has_c) w.c_prev[i] = zeroed ? none : first ? w.c0 + i * Hp : tape + state_block * p.H;
       const bool recomputed = Cell::has_c && !projected;  // h is not on the tape
-      w.h_prev[i] = zeroed      ? none
-                    : first     ? w.h0 + i * Pp
-                    : projected ? tape + Cell::tape * p.H
+      w.h_prev[i] = zeroed       ? none
+                    : first      ? w.h0 + i * Pp
+                    : projected  ? tape + Cell::tape * p.H
                     : recomputed ? nullptr
                                  : tape + state_block * p.H;
       if (p.h_prev == nullptr) continue;

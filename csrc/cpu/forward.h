@@ -252,7 +252,9 @@ struct ForwardPass {
     if (projected) project_state(w, d, begin, end);
   }
 
-  int64_t tape_row(int d, int64_t t, int64_t b) const { return (d * stored_rows(p) + stored_row(p, t, b)) * tape_width; }
+  int64_t tape_row(int d, int64_t t, int64_t b) const {
+    return (d * stored_rows(p) + stored_row(p, t, b)) * tape_width;
+  }
 
   void save(const V* tape, T* to, int64_t unit) {
     const int64_t n = p.H - unit;
@@ -300,7 +302,8 @@ struct ForwardPass {
     }
     for (int64_t i = now; i < n; ++i) {  // past the row's length
       const int64_t b = order[i], padded_row = (d * p.T + t) * p.B + b;
-      if (p.first_row == nullptr) __builtin_memset(bytes(p.y.data) + (row_offset(p, p.y, t, b) + d * p.P) * size, 0, size_t(p.P * size));
+      if (p.first_row == nullptr)
+        __builtin_memset(bytes(p.y.data) + (row_offset(p, p.y, t, b) + d * p.P) * size, 0, size_t(p.P * size));
       if (p.h_all) __builtin_memset(bytes(p.h_all) + padded_row * p.P * size, 0, size_t(p.P * size));
       if (p.c_all) __builtin_memset(bytes(p.c_all) + padded_row * p.H * size, 0, size_t(p.H * size));
     }

@@ -1,13 +1,13 @@
 // Packed weights, and the one micro-kernel every product goes through: input projection, recurrence, the dh chain, dx.
 //
-// The right-hand matrix [K, C] is packed into groups of up to four vectors of columns: group g holds [K][vectors][lanes],
-// zero-padded. A tile is M rows by one group; its accumulators stay in registers.
+// The right-hand matrix [K, C] is packed into groups of up to four vectors of columns: group g holds
+// [K][vectors][lanes], zero-padded. A tile is M rows by one group; its accumulators stay in registers.
 //
-// Summation order, which fixes the bits: for every output, k runs upwards in blocks of `k_block`, each block summed from
-// zero by fma, the block sums added in order. It depends on K alone: not on the rows around, the tile, or the threads.
-// Short blocks also keep the error of long sums near that of pairwise summation.
+// Summation order, which fixes the bits: for every output, k runs upwards in blocks of `k_block`, each block summed
+// from zero by fma, the block sums added in order. It depends on K alone: not on the rows around, the tile, or the
+// threads. Short blocks also keep the error of long sums near that of pairwise summation.
 
-constexpr int64_t k_block = 128;
+constexpr int64_t k_block = 64;
 constexpr int group_vectors = 4;
 
 template <int N>
@@ -17,39 +17,51 @@ struct Int {
 
 FASTRNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTRNN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// sum[m][v] = sum over k of a[m * lda + k] * b[k][v].
+// part[m][v] = sum over k of a[m * a_row + k * a_k] * b[k][v]: one block, k upwards, by fma.
 template <int M, int N, class V>
-FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda, const typename V::T* b, int64_t K) {
-  constexpr int W = V::lanes;
+FASTRNN_INLINE void product_of_block(V (&part)[M][N], const typename V::T* a, int64_t a_row, int64_t a_k,
+                                     const typename V::T* b, int64_t K) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) part[m][v] = V::set(0);
+  for (int64_t k = 0; k < K; ++k) {
+    V right[N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) right[v] = V::load(b + (k * N + v) * V::lanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const V left = V::set(a[m * a_row + k * a_k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) part[m][v] = fma(left, right[v], part[m][v]);
+    }
+  }
+}
+
+// sum[m][v] = sum over k of a[m * a_row + k * a_k] * b[k][v], b a packed group.
+template <int M, int N, class V>
+FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t a_row, int64_t a_k, const typename V::T* b,
+                            int64_t K) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) sum[m][v] = V::set(0);
-  for (int64_t begin = 0; begin < K; begin += k_block) {
+  for (int64_t k = 0; k < K; k += k_block) {
     V part[M][N];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) part[m][v] = V::set(0);
-    const int64_t end = smaller(begin + k_block, K);
-    for (int64_t k = begin; k < end; ++k) {
-      V right[N];
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) right[v] = V::load(b + (k * N + v) * W);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const V left = V::set(a[m * lda + k]);
-#pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) part[m][v] = fma(left, right[v], part[m][v]);
-      }
-    }
+    product_of_block(part, a + k * a_k, a_row, a_k, b + k * N * V::lanes, smaller(k_block, K - k));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < N; ++v) sum[m][v] = sum[m][v] + part[m][v];
   }
+}
+
+// The same for rows of a that lie lda apart.
+template <int M, int N, class V>
+FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda, const typename V::T* b, int64_t K) {
+  product(sum, a, lda, 1, b, K);
 }
 
 // Calls f(Int<M>, i) for tiles of M = tile_rows, then of ever fewer rows, until n rows are covered.

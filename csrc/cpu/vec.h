@@ -30,9 +30,7 @@ FASTRNN_INLINE f32 negative_absolute(f32 x) { return {_mm512_or_ps(_mm512_set1_p
 FASTRNN_INLINE f32 copy_sign(f32 x, f32 s) {  // x >= 0
   return {_mm512_or_ps(x.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), s.v))};
 }
-FASTRNN_INLINE f32 nearest(f32 x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+FASTRNN_INLINE f32 nearest(f32 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FASTRNN_INLINE f32 scale(f32 x, f32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 FASTRNN_INLINE f32 less(f32 x, f32 y, f32 yes, f32 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), no.v, yes.v)};
@@ -60,12 +58,8 @@ FASTRNN_INLINE f64 max(f64 bound, f64 x) { return {_mm512_max_pd(bound.v, x.v)};
 FASTRNN_INLINE f64 min(f64 bound, f64 x) { return {_mm512_min_pd(bound.v, x.v)}; }
 FASTRNN_INLINE f64 absolute(f64 x) { return {_mm512_andnot_pd(_mm512_set1_pd(-0.0), x.v)}; }
 FASTRNN_INLINE f64 negative_absolute(f64 x) { return {_mm512_or_pd(_mm512_set1_pd(-0.0), x.v)}; }
-FASTRNN_INLINE f64 copy_sign(f64 x, f64 s) {
-  return {_mm512_or_pd(x.v, _mm512_and_pd(_mm512_set1_pd(-0.0), s.v))};
-}
-FASTRNN_INLINE f64 nearest(f64 x) {
-  return {_mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+FASTRNN_INLINE f64 copy_sign(f64 x, f64 s) { return {_mm512_or_pd(x.v, _mm512_and_pd(_mm512_set1_pd(-0.0), s.v))}; }
+FASTRNN_INLINE f64 nearest(f64 x) { return {_mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FASTRNN_INLINE f64 scale(f64 x, f64 n) { return {_mm512_scalef_pd(x.v, n.v)}; }
 FASTRNN_INLINE f64 less(f64 x, f64 y, f64 yes, f64 no) {
   return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.v, y.v, _CMP_LT_OQ), no.v, yes.v)};
@@ -133,9 +127,7 @@ FASTRNN_INLINE f32 max(f32 bound, f32 x) { return {_mm256_max_ps(bound.v, x.v)};
 FASTRNN_INLINE f32 min(f32 bound, f32 x) { return {_mm256_min_ps(bound.v, x.v)}; }
 FASTRNN_INLINE f32 absolute(f32 x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
 FASTRNN_INLINE f32 negative_absolute(f32 x) { return {_mm256_or_ps(_mm256_set1_ps(-0.0f), x.v)}; }
-FASTRNN_INLINE f32 copy_sign(f32 x, f32 s) {
-  return {_mm256_or_ps(x.v, _mm256_and_ps(_mm256_set1_ps(-0.0f), s.v))};
-}
+FASTRNN_INLINE f32 copy_sign(f32 x, f32 s) { return {_mm256_or_ps(x.v, _mm256_and_ps(_mm256_set1_ps(-0.0f), s.v))}; }
 FASTRNN_INLINE f32 nearest(f32 x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FASTRNN_INLINE f32 scale(f32 x, f32 n) {  // in two halves: 2^n itself may not be a normal number
   const __m256i whole = _mm256_cvtps_epi32(n.v);
@@ -172,9 +164,7 @@ FASTRNN_INLINE f64 max(f64 bound, f64 x) { return {_mm256_max_pd(bound.v, x.v)};
 FASTRNN_INLINE f64 min(f64 bound, f64 x) { return {_mm256_min_pd(bound.v, x.v)}; }
 FASTRNN_INLINE f64 absolute(f64 x) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v)}; }
 FASTRNN_INLINE f64 negative_absolute(f64 x) { return {_mm256_or_pd(_mm256_set1_pd(-0.0), x.v)}; }
-FASTRNN_INLINE f64 copy_sign(f64 x, f64 s) {
-  return {_mm256_or_pd(x.v, _mm256_and_pd(_mm256_set1_pd(-0.0), s.v))};
-}
+FASTRNN_INLINE f64 copy_sign(f64 x, f64 s) { return {_mm256_or_pd(x.v, _mm256_and_pd(_mm256_set1_pd(-0.0), s.v))}; }
 FASTRNN_INLINE f64 nearest(f64 x) { return {_mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FASTRNN_INLINE f64 scale(f64 x, f64 n) {
   const __m128i whole = _mm256_cvtpd_epi32(n.v);

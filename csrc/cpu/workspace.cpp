@@ -43,7 +43,8 @@ void trim_workspace() {
 int slice_count(const Layer& p, const CellTraits& cell, int team_size) {
   // Starting a team costs about a microsecond: below this much arithmetic one thread is done sooner.
   constexpr double worthwhile = 4e5;
-  const double operations = 2.0 * double(p.T) * double(p.B) * double(p.D) * double(cell.gates) * double(p.H) * double(p.I + p.P);
+  const double operations =
+      2.0 * double(p.T) * double(p.B) * double(p.D) * double(cell.gates) * double(p.H) * double(p.I + p.P);
   if (team_size <= 1 || p.B == 0 || operations < worthwhile) return 1;
   const int per_direction = team_size % p.D == 0 ? team_size / p.D : team_size;
   return int(std::min<int64_t>(per_direction, p.B));

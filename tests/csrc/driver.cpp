@@ -4,6 +4,7 @@
 //   driver gradient       dx, dh0 and dc0 against central differences in double, every cell and tier
 //   driver layers [N]     N random layers (ragged, packed, reset, projected, 16-bit): exact-size buffers filled with
 //                         garbage, finite results, tiers agree, one thread and many give the same bits
+//   driver row_sums [N]   N random weight and bias sums against plain loops
 // Exits 0 when all holds; else says what failed and exits 1.
 #include <algorithm>
 #include <cmath>
@@ -25,14 +26,14 @@ namespace {
 
 int failures = 0;
 
-#define EXPECT(condition, ...)                        \
-  do {                                                \
-    if (!(condition)) {                               \
-      std::printf("FAILED %s: ", #condition);         \
-      std::printf(__VA_ARGS__);                       \
-      std::printf("\n");                              \
-      if (++failures > 20) std::exit(1);              \
-    }                                                 \
+#define EXPECT(condition, ...)                \
+  do {                                        \
+    if (!(condition)) {                       \
+      std::printf("FAILED %s: ", #condition); \
+      std::printf(__VA_ARGS__);               \
+      std::printf("\n");                      \
+      if (++failures > 20) std::exit(1);      \
+    }                                         \
   } while (0)
 
 std::mt19937_64 generator(20);
@@ -59,8 +60,9 @@ void check_ulp(const Kernels& k, int function, const std::vector<T>& x) {
     const Exact v = x[i];
     const Exact exact = function ? std::tanh(v) : v < 0 ? std::exp(v) / (1 + std::exp(v)) : 1 / (1 + std::exp(-v));
     if (std::fabs(exact) < Exact(std::numeric_limits<T>::min())) {
-      EXPECT(std::fabs(Exact(y[i]) - exact) <= 2 * Exact(std::numeric_limits<T>::denorm_min()) + std::fabs(exact) / 1000,
-             "%s function %d at %g: %g", k.isa, function, double(v), double(y[i]));
+      EXPECT(
+          std::fabs(Exact(y[i]) - exact) <= 2 * Exact(std::numeric_limits<T>::denorm_min()) + std::fabs(exact) / 1000,
+          "%s function %d at %g: %g", k.isa, function, double(v), double(y[i]));
       continue;
     }
     const double error = ulps(y[i], exact);
@@ -81,8 +83,9 @@ void check_special(const Kernels& k) {
     T y[8];
     k.activation(function, dtype, x, y, 8);
     for (int i = 0; i < 8; ++i) {
-      const bool same = std::isnan(want[function][i]) ? std::isnan(y[i])
-                                                      : y[i] == want[function][i] && std::signbit(y[i]) == std::signbit(want[function][i]);
+      const bool same = std::isnan(want[function][i])
+                            ? std::isnan(y[i])
+                            : y[i] == want[function][i] && std::signbit(y[i]) == std::signbit(want[function][i]);
       EXPECT(same, "%s function %d at %g: %g", k.isa, function, double(x[i]), double(y[i]));
     }
   }
@@ -345,8 +348,8 @@ std::string describe(const Case& c) {
   const Layer& p = c.layer;
   char text[200];
   std::snprintf(text, sizeof text, "%s dtype %d T %ld B %ld I %ld H %ld P %ld D %d lengths %d packed %d reset %d hx %d",
-                c.cell.name, int(p.dtype), long(p.T), long(p.B), long(p.I), long(p.H), long(p.P), p.D, p.lengths != nullptr,
-                p.first_row != nullptr, p.reset != nullptr, p.h0 != nullptr);
+                c.cell.name, int(p.dtype), long(p.T), long(p.B), long(p.I), long(p.H), long(p.P), p.D,
+                p.lengths != nullptr, p.first_row != nullptr, p.reset != nullptr, p.h0 != nullptr);
   return text;
 }
 
@@ -361,8 +364,8 @@ void test_layers(int64_t n) {
       Results many = run(*tables[k], c, threads(int(integer(2, 5))));
       for (int b = 0; b < Results::COUNT; ++b) {
         const size_t at = size_t(b);
-        EXPECT(one.buffers[at].bytes == many.buffers[at].bytes, "%s result %d: threads change bits: %s", tables[k]->isa, b,
-               describe(c).c_str());
+        EXPECT(one.buffers[at].bytes == many.buffers[at].bytes, "%s result %d: threads change bits: %s", tables[k]->isa,
+               b, describe(c).c_str());
         const int64_t values = int64_t(one.buffers[at].bytes.size()) / width_of(one.dtypes[at]);
         double difference = 0, norm = 1e-30;
         for (int64_t v = 0; v < values; ++v) {
@@ -382,6 +385,48 @@ void test_layers(int64_t n) {
     }
   }
   std::printf("%ld layers, %d tiers\n", long(n), count);
+}
+
+// --------------------------------------------------------------------------------------------------------- row sums
+
+// Weight and bias sums of every tier against plain loops, for one and for many threads.
+void test_row_sums(int64_t n) {
+  const Kernels* tables[8];
+  const int count = available(tables);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t N = integer(0, 3) ? integer(0, 40) : integer(500, 1100);
+    const int64_t rows = integer(1, 130), columns = integer(1, 90), ld_a = rows + integer(0, 9), ld_b = columns;
+    Buffer a = random_values(Dtype::f64, N * ld_a, 1), b = random_values(Dtype::f64, N * ld_b, 1);
+    std::vector<double> want_weight(size_t(rows * columns)), want_bias(static_cast<size_t>(rows));
+    for (int64_t k = 0; k < N; ++k)
+      for (int64_t r = 0; r < rows; ++r) {
+        const double left = value(a, Dtype::f64, k * ld_a + r);
+        want_bias[size_t(r)] += left;
+        for (int64_t c = 0; c < columns; ++c)
+          want_weight[size_t(r * columns + c)] += left * value(b, Dtype::f64, k * ld_b + c);
+      }
+    for (int k = 0; k < count; ++k) {
+      Buffer weight[2], bias[2];
+      for (int team = 0; team < 2; ++team) {
+        weight[team] = Buffer(rows * columns * 8);
+        bias[team] = Buffer(rows * 8);
+        RowSum sums[2];
+        sums[0] = {rows, columns, a.data(), ld_a, b.data(), ld_b, weight[team].data(), nullptr};
+        sums[1] = {rows, 0, a.data(), ld_a, nullptr, 0, nullptr, bias[team].data()};
+        tables[k]->row_sums(sums, 2, N, Dtype::f64, threads(team ? 3 : 1));
+      }
+      EXPECT(weight[0].bytes == weight[1].bytes && bias[0].bytes == bias[1].bytes, "%s: threads change bits",
+             tables[k]->isa);
+      const double bound = 1e-13 * double(N + 1);
+      for (size_t v = 0; v < want_weight.size(); ++v)
+        EXPECT(std::fabs(value(weight[0], Dtype::f64, int64_t(v)) - want_weight[v]) <= bound,
+               "%s weight %zu of %ld x %ld", tables[k]->isa, v, long(rows), long(columns));
+      for (size_t v = 0; v < want_bias.size(); ++v)
+        EXPECT(std::fabs(value(bias[0], Dtype::f64, int64_t(v)) - want_bias[v]) <= bound, "%s bias %zu of %ld",
+               tables[k]->isa, v, long(rows));
+    }
+  }
+  std::printf("%ld row sums, %d tiers\n", long(n), count);
 }
 
 // --------------------------------------------------------------------------------------------------------- gradient
@@ -423,7 +468,8 @@ void test_gradient(int64_t n) {
         *at = kept - step;
         const double below = loss(k, c);
         *at = kept;
-        const double numeric = (above - below) / (2 * step), got = value(r.buffers[size_t(gradients[q])], Dtype::f64, v);
+        const double numeric = (above - below) / (2 * step),
+                     got = value(r.buffers[size_t(gradients[q])], Dtype::f64, v);
         const double error = std::fabs(numeric - got) / (1 + std::fabs(got));
         if (kinked && error > 1e-6) continue;  // a kink within the step
         if (error > worst) worst = error;
@@ -447,8 +493,10 @@ int main(int argc, char** argv) {
     test_gradient(n > 0 ? n : 60);
   else if (what == "layers")
     test_layers(n > 0 ? n : 100);
+  else if (what == "row_sums")
+    test_row_sums(n > 0 ? n : 100);
   else
-    return std::printf("usage: driver ulp | gradient | layers [N]\n"), 2;
+    return std::printf("usage: driver ulp | gradient | layers | row_sums [N]\n"), 2;
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures ? 1 : 0;
 }
