@@ -1,8 +1,8 @@
 """The torch-free kernels by themselves: accuracy of the activations, and a C++ driver under the sanitizers.
 
 The driver (tests/csrc/driver.cpp) is compiled here, without optimisation: with every tier for AddressSanitizer and
-UndefinedBehaviorSanitizer, with the scalar tier for ThreadSanitizer, since no tier has threading of its own. It checks gradients by differences, and that tiers agree and
-threads change nothing, on buffers of exactly the right size.
+UndefinedBehaviorSanitizer, with the scalar tier for ThreadSanitizer, since no tier has threading of its own. It checks
+gradients by differences, and that tiers agree and threads change nothing, on buffers of exactly the right size.
 """
 
 import os

@@ -23,6 +23,7 @@ struct BackwardPass {
   Packed<V, 1> w_ih[2];  // [G*H, I] for dx
   Packed<V, 1> w_hr[2];  // [P, H]
   T* none;               // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
+  bool once;             // one step of few rows: every group of the weights is used once, and packed there and then
   Slices slices;
   char* work;
   int64_t work_size;
@@ -32,7 +33,7 @@ struct BackwardPass {
   static constexpr int64_t dx_rows = 48;  // rows of dx per piece of work
 
   struct Work {
-    T *dh, *dh_cell, *dc, *dgates, *h0, *c0, *row;
+    T *dh, *dh_cell, *dc, *dgates, *h0, *c0, *row, *panel;
     const T **h_prev, **c_prev;
     explicit Work(const BackwardPass& f, Carve& carve) {
       const int64_t n = f.slices.longest;
@@ -43,6 +44,7 @@ struct BackwardPass {
       h0 = carve.take<T>(n * f.Pp);
       c0 = carve.take<T>(Cell::has_c ? n * f.Hp : 0);
       row = carve.take<T>(larger(f.Hp, f.Pp));
+      panel = carve.take<T>(f.panel_size);
       h_prev = carve.take<const T*>(n);
       c_prev = carve.take<const T*>(n);
     }
@@ -65,7 +67,8 @@ struct BackwardPass {
     run_team(used, shares, [&](int64_t begin, int64_t end) {
       for (int64_t share = begin; share < end; ++share)
         for (int64_t piece = dx_pieces * share / shares; piece < dx_pieces * (share + 1) / shares; ++piece)
-          input_gradient(piece * dx_rows, smaller((piece + 1) * dx_rows, N), dx_work + share * dx_rows * Ip);
+          input_gradient(piece * dx_rows, smaller((piece + 1) * dx_rows, N), dx_work + share * dx_rows * Ip,
+                         dx_panel + share * panel_size);
     });
     trim_workspace();
   }
@@ -73,7 +76,9 @@ struct BackwardPass {
  private:
   const int64_t Ip = round_up(p.I, W);
   int64_t layout_size = 0;
-  T* dx_work = nullptr;  // [team][dx_rows][Ip]
+  T* dx_work = nullptr;   // [team][dx_rows][Ip]
+  T* dx_panel = nullptr;  // [team][panel_size]
+  int64_t panel_size = 0;
 
   void plan(int count, int team_size, char* memory) {
     Carve carve{memory};
@@ -83,11 +88,15 @@ struct BackwardPass {
     else
       slices.count = count, slices.longest = ceil_div(p.B, count);
     const int64_t K = G * p.H;
+    once = p.T == 1 && N <= dx_rows;
+    panel_size = once ? K * group_vectors * W : 0;
+    const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
     for (int d = 0; d < p.D; ++d) {
-      w_hh[d] = {carve.take<T>(Packed<V, 1>::count(K, p.P)), K, ceil_div(p.P, W)};
-      if (p.dx.data) w_ih[d] = {carve.take<T>(Packed<V, 1>::count(K, p.I)), K, ceil_div(p.I, W)};
-      if (projected) w_hr[d] = {carve.take<T>(Packed<V, 1>::count(p.P, p.H)), p.P, ceil_div(p.H, W)};
+      w_hh[d] = {matrix(Packed<V, 1>::count(K, p.P)), K, ceil_div(p.P, W)};
+      if (p.dx.data) w_ih[d] = {matrix(Packed<V, 1>::count(K, p.I)), K, ceil_div(p.I, W)};
+      if (projected) w_hr[d] = {matrix(Packed<V, 1>::count(p.P, p.H)), p.P, ceil_div(p.H, W)};
     }
+    dx_panel = carve.take<T>(p.dx.data ? larger(team_size, 1) * panel_size : 0);
     none = carve.take<T>(larger(Hp, Pp));
     dx_work = carve.take<T>(p.dx.data ? larger(team_size, 1) * dx_rows * Ip : 0);
     Carve one{nullptr};
@@ -97,26 +106,30 @@ struct BackwardPass {
     layout_size = carve.used;
   }
 
+  Source source_hh(int d) const {
+    const int* gate = Cell::hidden_gate;
+    return {p.weights[d].w_hh, p.P, p.P, p.H, false, {gate[0], gate[1], gate[2], gate[3]}};
+  }
+  Source source_ih(int d) const { return {p.weights[d].w_ih, p.I, p.I, p.H, false, {0, 1, 2, 3}}; }
+  Source source_hr(int d) const { return {p.weights[d].w_hr, p.H, p.H, p.P, false, {0, 0, 0, 0}}; }
+
   void pack_weights(const Team& team) {
+    if (once) return;
     const int64_t hh = group_count(w_hh[0]);
     const int64_t ih = p.dx.data ? group_count(w_ih[0]) : 0;
     const int64_t hr = projected ? group_count(w_hr[0]) : 0;
     const int64_t all = (hh + ih + hr) * p.D;
+    T* const unused = nullptr;
     run_team(team, all, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int d = int(i / (hh + ih + hr));
-        const Weights& w = p.weights[d];
-        int64_t g = i % (hh + ih + hr);
-        Source from_hh{w.w_hh, p.P, p.P, p.H, false, {}};
-        for (int s = 0; s < 4; ++s) from_hh.gate[s] = Cell::hidden_gate[s];
-        const Source from_ih{w.w_ih, p.I, p.I, p.H, false, {0, 1, 2, 3}};
-        const Source from_hr{w.w_hr, p.H, p.H, p.P, false, {0, 0, 0, 0}};
+        const int64_t g = i % (hh + ih + hr);
         if (g < hh)
-          pack(w_hh[d], from_hh, storage, g, g + 1, static_cast<T*>(nullptr));
+          pack(w_hh[d], source_hh(d), storage, g, unused);
         else if (g < hh + ih)
-          pack(w_ih[d], from_ih, storage, g - hh, g - hh + 1, static_cast<T*>(nullptr));
+          pack(w_ih[d], source_ih(d), storage, g - hh, unused);
         else
-          pack(w_hr[d], from_hr, storage, g - hh - ih, g - hh - ih + 1, static_cast<T*>(nullptr));
+          pack(w_hr[d], source_hr(d), storage, g - hh - ih, unused);
       }
     });
   }
@@ -150,7 +163,7 @@ struct BackwardPass {
       find_previous(w, d, t, order, now);
       if (projected) project_gradient(w, d, now);
       for (int64_t i = 0; i < now; ++i) cell_gradient(w, d, t, order, i);
-      carry(w, d, now);
+      if (q + 1 < p.T || p.dh0) carry(w, d, now);
       cut(w, d, t, order, now);
       clear_inactive(d, t, order, now, n);
     }
@@ -239,10 +252,11 @@ struct BackwardPass {
   void project_gradient(const Work& w, int d, int64_t now) {
     over_groups<Packed<V, 1>::U, 1>(0, w_hr[d].blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
+      const T* group = group_at(w_hr[d], source_hr(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_rows<tile_rows>(0, now, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
-        product(sum, w.dh + i * Pp, Pp, w_hr[d].group(block), p.P);
+        product(sum, w.dh + i * Pp, Pp, group, p.P);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) sum[r][v].store(w.dh_cell + (i + r) * Hp + (block + v) * W);
       });
@@ -281,10 +295,11 @@ struct BackwardPass {
   void carry(const Work& w, int d, int64_t now) {
     over_groups<Packed<V, 1>::U, 1>(0, w_hh[d].blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
+      const T* group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_rows<tile_rows>(0, now, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
-        product(sum, w.dgates + i * S * p.H, S * p.H, w_hh[d].group(block), G * p.H);
+        product(sum, w.dgates + i * S * p.H, S * p.H, group, G * p.H);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) {
             T* dh = w.dh + (i + r) * Pp + (block + v) * W;
@@ -316,15 +331,16 @@ struct BackwardPass {
   }
 
   // dx of stored rows [begin, end): the sum over the directions, forward first, of dgates W_ih.
-  void input_gradient(int64_t begin, int64_t end, T* out) {
+  void input_gradient(int64_t begin, int64_t end, T* out, T* panel) {
     for (int d = 0; d < p.D; ++d) {
       const T* dgates = static_cast<const T*>(p.dgates) + (d * N + begin) * S * p.H + X * p.H;
       over_groups<Packed<V, 1>::U, 1>(0, w_ih[d].blocks, [&](auto u, int64_t block) {
         constexpr int U = decltype(u)::value;
+        const T* group = group_at(w_ih[d], source_ih(d), storage, block, U, panel, static_cast<T*>(nullptr));
         over_rows<tile_rows>(0, end - begin, [&](auto m, int64_t i) {
           constexpr int M = decltype(m)::value;
           V sum[M][U];
-          product(sum, dgates + i * S * p.H, S * p.H, w_ih[d].group(block), G * p.H);
+          product(sum, dgates + i * S * p.H, S * p.H, group, G * p.H);
           for (int r = 0; r < M; ++r)
             for (int v = 0; v < U; ++v) {
               T* to = out + (i + r) * Ip + (block + v) * W;

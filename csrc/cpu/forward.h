@@ -14,19 +14,21 @@ struct ForwardPass {
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, Pp = round_up(p.P, W), Ip = p.I;
   const bool projected = p.weights[0].w_hr != nullptr;
   const int64_t tape_width = Cell::tape * p.H + (projected ? p.P : 0);
+  const bool dot = p.T == 1 && p.B <= dot_rows;  // by the whole batch, so that no cut into slices changes bits
   Packed<V, G> w_ih[2], w_hh[2];
   Packed<V, 1> w_hr[2];
   T* bias_x[2];  // [blocks][G][W], in the order of gates_x
   T* bias_h[2];  // [X][Hp], the slots that the input does not reach
   Slices slices;
   int64_t tile;  // rows of one input projection
+  bool once;     // one step of few rows: every group of the weights is used once, and packed there and then
   char* work;    // one piece per slice and direction
   int64_t work_size;
 
   ForwardPass(const Forward& forward) : p(forward), storage(storage_of<T>(forward.dtype)) {}
 
   struct Work {
-    T *h, *h_new, *h_raw, *c, *x, *gates_x;
+    T *h, *h_new, *h_raw, *c, *x, *gates_x, *panel, *scratch;
     int64_t* count;  // [tile] active rows of each step of a tile
     explicit Work(const ForwardPass& f, Carve& carve) {
       const int64_t n = f.slices.longest;
@@ -37,6 +39,9 @@ struct ForwardPass {
       x = carve.take<T>(f.tile * f.Ip);
       gates_x = carve.take<T>(f.tile * f.blocks * G * W);
       count = carve.take<int64_t>(f.tile);
+      const int64_t deepest = f.once ? larger(f.p.I, larger(f.p.P, f.p.H)) : 0;
+      panel = carve.take<T>(deepest * group_vectors * W);
+      scratch = carve.take<T>(f.storage.rounds ? deepest * W : 0);
     }
   };
 
@@ -65,20 +70,22 @@ struct ForwardPass {
       slices = cut_slices(p, count, cut);
     else
       slices.count = count, slices.longest = ceil_div(p.B, count);
-    for (int d = 0; d < p.D; ++d) {
-      w_ih[d] = {carve.take<T>(Packed<V, G>::count(p.I, p.H)), p.I, blocks};
-      w_hh[d] = {carve.take<T>(Packed<V, G>::count(p.P, p.H)), p.P, blocks};
-      if (projected) w_hr[d] = {carve.take<T>(Packed<V, 1>::count(p.H, p.P)), p.H, ceil_div(p.P, W)};
-      bias_x[d] = carve.take<T>(blocks * G * W);
-      bias_h[d] = carve.take<T>(X * Hp);
-    }
-    pack_scratch_size = W * larger(p.I, larger(p.P, p.H));
-    pack_scratch = carve.take<T>(pack_scratch_size * count * p.D);
     // Enough rows for the projection's weights to be worth loading, few enough for its result to stay in the cache.
     constexpr int64_t few = 24, many = 96, cache = 512 * 1024;
     tile = cache / (blocks * G * W * int64_t(sizeof(T)));
     tile = tile < few ? few : tile > many ? many : tile;
     tile = smaller(tile, larger(slices.longest, 1) * larger(p.T, 1));
+    once = p.T == 1 && slices.longest <= tile;
+    const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
+    for (int d = 0; d < p.D; ++d) {
+      w_ih[d] = {matrix(Packed<V, G>::count(p.I, p.H)), p.I, blocks};
+      w_hh[d] = {matrix(Packed<V, G>::count(p.P, p.H)), p.P, blocks};
+      if (projected) w_hr[d] = {matrix(Packed<V, 1>::count(p.H, p.P)), p.H, ceil_div(p.P, W)};
+      bias_x[d] = carve.take<T>(blocks * G * W);
+      bias_h[d] = carve.take<T>(X * Hp);
+    }
+    pack_scratch_size = once ? 0 : W * larger(p.I, larger(p.P, p.H));
+    pack_scratch = carve.take<T>(pack_scratch_size * count * p.D);
     Carve one{nullptr};
     Work sized(*this, one);
     work_size = one.used;
@@ -86,7 +93,16 @@ struct ForwardPass {
     layout_size = carve.used;
   }
 
+  Source source_ih(int d) const { return {p.weights[d].w_ih, p.I, p.H, p.H, true, {0, 1, 2, 3}}; }
+  Source source_hh(int d) const {
+    const int* gate = Cell::hidden_gate;
+    return {p.weights[d].w_hh, p.P, p.H, p.H, true, {gate[0], gate[1], gate[2], gate[3]}};
+  }
+  Source source_hr(int d) const { return {p.weights[d].w_hr, p.H, p.P, p.H, true, {}}; }
+
   void pack_weights(const Team& team) {
+    for (int d = 0; d < p.D; ++d) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
+    if (once) return;
     const int64_t gate_groups = group_count(w_ih[0]), hr_groups = projected ? group_count(w_hr[0]) : 0;
     const int64_t per_direction = 2 * gate_groups + hr_groups;
     const int64_t pieces = int64_t(slices.count) * p.D;  // as many as there is scratch for
@@ -96,22 +112,16 @@ struct ForwardPass {
         const int64_t all = per_direction * p.D;
         for (int64_t i = all * piece / pieces; i < all * (piece + 1) / pieces; ++i) {
           const int d = int(i / per_direction);
-          const Weights& w = p.weights[d];
-          int64_t g = i % per_direction;
-          Source ih{w.w_ih, p.I, p.H, p.H, true, {0, 1, 2, 3}};
-          Source hh{w.w_hh, p.P, p.H, p.H, true, {}};
-          for (int s = 0; s < 4; ++s) hh.gate[s] = Cell::hidden_gate[s];
-          const Source hr{w.w_hr, p.H, p.P, p.H, true, {}};
+          const int64_t g = i % per_direction;
           if (g < gate_groups)
-            pack(w_ih[d], ih, storage, g, g + 1, scratch);
+            pack(w_ih[d], source_ih(d), storage, g, scratch);
           else if (g < 2 * gate_groups)
-            pack(w_hh[d], hh, storage, g - gate_groups, g - gate_groups + 1, scratch);
+            pack(w_hh[d], source_hh(d), storage, g - gate_groups, scratch);
           else
-            pack(w_hr[d], hr, storage, g - 2 * gate_groups, g - 2 * gate_groups + 1, scratch);
+            pack(w_hr[d], source_hr(d), storage, g - 2 * gate_groups, scratch);
         }
       }
     });
-    for (int d = 0; d < p.D; ++d) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
   }
 
   void pack_bias(const Weights& w, T* to_x, T* to_h) {
@@ -197,10 +207,15 @@ struct ForwardPass {
     over_groups<Packed<V, G>::U, G>(0, blocks, [&](auto u, int64_t block) {
       constexpr int N = decltype(u)::value * G;
       const T* bias = bias_x[d] + block * G * W;
+      const Source source = source_ih(d);
+      const T* group = dot ? nullptr : group_at(w_ih[d], source, storage, block, N / G, w.panel, w.scratch);
       over_rows<tile_rows>(0, rows, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][N];
-        product(sum, w.x + i * Ip, Ip, w_ih[d].group(block), p.I);
+        if (dot)
+          dot_group<G>(sum, w.x + i * Ip, Ip, source, storage, p.I, block, w.scratch);
+        else
+          product(sum, w.x + i * Ip, Ip, group, p.I);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < N; ++v)
             (sum[r][v] + V::load(bias + v * W)).store(w.gates_x + (i + r) * ld + block * G * W + v * W);
@@ -223,10 +238,15 @@ struct ForwardPass {
     const int64_t ld_h = projected ? Hp : Pp;
     over_groups<Packed<V, G>::U, G>(0, blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
+      const Source source = source_hh(d);
+      const T* group = dot ? nullptr : group_at(w_hh[d], source, storage, block, U, w.panel, w.scratch);
       over_rows<tile_rows>(begin, end, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U * G];
-        product(sum, w.h + i * Pp, Pp, w_hh[d].group(block), p.P);
+        if (dot)
+          dot_group<G>(sum, w.h + i * Pp, Pp, source, storage, p.P, block, w.scratch);
+        else
+          product(sum, w.h + i * Pp, Pp, group, p.P);
         for (int r = 0; r < M; ++r)
           for (int b = 0; b < U; ++b) {
             const int64_t unit = (block + b) * W, row = i + r;
@@ -269,10 +289,15 @@ struct ForwardPass {
   void project_state(const Work& w, int d, int64_t begin, int64_t end) {
     over_groups<Packed<V, 1>::U, 1>(0, w_hr[d].blocks, [&](auto u, int64_t block) {
       constexpr int N = decltype(u)::value;
+      const Source source = source_hr(d);
+      const T* group = dot ? nullptr : group_at(w_hr[d], source, storage, block, N, w.panel, w.scratch);
       over_rows<tile_rows>(begin, end, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][N];
-        product(sum, w.h_raw + i * Hp, Hp, w_hr[d].group(block), p.H);
+        if (dot)
+          dot_group<1>(sum, w.h_raw + i * Hp, Hp, source, storage, p.H, block, w.scratch);
+        else
+          product(sum, w.h_raw + i * Hp, Hp, group, p.H);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < N; ++v) sum[r][v].store(w.h_new + (i + r) * Pp + (block + v) * W);
       });

@@ -7,7 +7,7 @@
 // from zero by fma, the block sums added in order. It depends on K alone: not on the rows around, the tile, or the
 // threads. Short blocks also keep the error of long sums near that of pairwise summation.
 
-constexpr int64_t k_block = 64;
+constexpr int64_t k_block = 32;
 constexpr int group_vectors = 4;
 
 template <int N>
@@ -80,6 +80,7 @@ FASTRNN_INLINE void over_groups(int64_t block, int64_t blocks, const F& f) {
 
 // How one packed matrix is cut: `blocks` blocks of G vectors (the gates of one vector of hidden units, or single
 // columns when G is 1), U blocks to a group. The groups follow each other, so block j starts at j * G * lanes * K.
+// data is null when groups are packed where they are used (group_at).
 template <class V, int G>
 struct Packed {
   using T = typename V::T;
@@ -91,7 +92,6 @@ struct Packed {
   int64_t blocks = 0;
 
   static int64_t count(int64_t K, int64_t units) { return ceil_div(units, W) * G * W * K; }
-  const T* group(int64_t block) const { return data + block * G * W * K; }
 };
 
 // How the caller's dtype is read and written, one run of n values at a time.
@@ -199,43 +199,130 @@ static void pack_columns(const typename V::T* const* rows, int64_t n, int64_t K,
     for (int64_t lane = 0; lane < W; ++lane) out[k * ld + lane] = lane < n ? rows[lane][k] : 0;
 }
 
-// Packs groups [begin, end) of U blocks each. scratch: lanes * K values.
-template <class V, int G>
-static void pack(const Packed<V, G>& to, const Source& from, const Storage<typename V::T>& storage, int64_t begin,
-                 int64_t end, typename V::T* scratch) {
+// Columns that stay rows: out[k * ld + lane] for n of the lanes, the others zero.
+template <class V>
+static void pack_rows(const Source& from, const Storage<typename V::T>& storage, int64_t unit, int64_t n, int64_t K,
+                      typename V::T* out, int64_t ld) {
   using T = typename V::T;
-  constexpr int W = V::lanes, U = Packed<V, G>::U;
-  const int64_t K = to.K;
+  constexpr int W = V::lanes;
   const char* data = static_cast<const char*>(from.data);
-  for (int64_t first = begin * U; first < end * U && first < to.blocks;) {
-    const int64_t left = to.blocks - first;
-    const int64_t blocks = left >= U ? U : left >= 2 && U > 2 ? 2 : 1;  // as over_groups cuts them
-    T* group = to.data + first * G * W * K;
-    const int64_t N = blocks * G;
-    for (int64_t u = 0; u < blocks; ++u)
-      for (int g = 0; g < G; ++g) {
-        const int64_t unit = (first + u) * W;
-        const int64_t n = smaller(W, from.units - unit);
-        T* out = group + (u * G + g) * W;
-        if (from.transposed) {
-          const T* rows[W];
-          for (int64_t lane = 0; lane < n; ++lane) {
-            const char* row = data + (from.gate[g] * from.H + unit + lane) * from.ld * storage.size;
-            rows[lane] = reinterpret_cast<const T*>(row);
-            if (storage.rounds) {
-              storage.widen(row, scratch + lane * K, K);
-              rows[lane] = scratch + lane * K;
-            }
-          }
-          pack_columns<V>(rows, n, K, out, N * W);
-        } else {
-          for (int64_t k = 0; k < K; ++k) {
-            const int64_t row = from.gate[k / from.H] * from.H + k % from.H;
-            storage.widen(data + (row * from.ld + unit) * storage.size, out + k * N * W, n);
-            for (int64_t lane = n; lane < W; ++lane) out[k * N * W + lane] = 0;
-          }
-        }
+  for (int64_t k = 0; k < K;) {
+    const char* row = data + (from.gate[k / from.H] * from.H * from.ld + unit) * storage.size;
+    for (const int64_t end = smaller(k + from.H, K); k < end; ++k, row += from.ld * storage.size) {
+      T* to = out + k * ld;
+      if (n == W && !storage.rounds) {
+        V::load(reinterpret_cast<const T*>(row)).store(to);
+        continue;
       }
+      storage.widen(row, to, n);
+      for (int64_t lane = n; lane < W; ++lane) to[lane] = 0;
+    }
+  }
+}
+
+// The n rows of a transposed source that are the columns of gate g from `unit` on, widened into scratch (lanes * K
+// values) where the storage is narrower.
+template <class V>
+static void weight_rows(const Source& from, const Storage<typename V::T>& storage, int g, int64_t unit, int64_t n,
+                        int64_t K, const typename V::T** rows, typename V::T* scratch) {
+  using T = typename V::T;
+  const char* data = static_cast<const char*>(from.data);
+  for (int64_t lane = 0; lane < n; ++lane) {
+    const char* row = data + (from.gate[g] * from.H + unit + lane) * from.ld * storage.size;
+    rows[lane] = reinterpret_cast<const T*>(row);
+    if (storage.rounds) {
+      storage.widen(row, scratch + lane * K, K);
+      rows[lane] = scratch + lane * K;
+    }
+  }
+}
+
+// Packs the group of `blocks` blocks that begins at block `first` into `group`. scratch: lanes * K values, when the
+// source is transposed and its storage narrower.
+template <class V, int G>
+static void pack_group(const Source& from, const Storage<typename V::T>& storage, int64_t K, int64_t first,
+                       int64_t blocks, typename V::T* group, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int W = V::lanes;
+  const int64_t N = blocks * G;
+  for (int64_t u = 0; u < blocks; ++u)
+    for (int g = 0; g < G; ++g) {
+      const int64_t unit = (first + u) * W;
+      const int64_t n = smaller(W, from.units - unit);
+      T* out = group + (u * G + g) * W;
+      if (!from.transposed) {
+        pack_rows<V>(from, storage, unit, n, K, out, N * W);
+        continue;
+      }
+      const T* rows[W];
+      weight_rows<V>(from, storage, g, unit, n, K, rows, scratch);
+      pack_columns<V>(rows, n, K, out, N * W);
+    }
+}
+
+// Packs group number `index` of a matrix, cut as over_groups cuts it: the last U - 1 blocks or fewer make small groups.
+template <class V, int G>
+static void pack(const Packed<V, G>& to, const Source& from, const Storage<typename V::T>& storage, int64_t index,
+                 typename V::T* scratch) {
+  constexpr int U = Packed<V, G>::U;
+  const int64_t end = smaller((index + 1) * U, to.blocks);
+  for (int64_t first = index * U; first < end;) {
+    const int64_t left = end - first;
+    const int64_t blocks = left >= U ? U : left >= 2 && U > 2 ? 2 : 1;
+    pack_group<V, G>(from, storage, to.K, first, blocks, to.data + first * G * V::lanes * to.K, scratch);
     first += blocks;
+  }
+}
+
+// The group that begins at `block`: of the packed matrix, or, when it was not packed because every group is used once,
+// packed now into `panel` (room for a group). Either way the same numbers.
+template <class V, int G>
+static const typename V::T* group_at(const Packed<V, G>& m, const Source& from, const Storage<typename V::T>& storage,
+                                     int64_t block, int64_t blocks, typename V::T* panel, typename V::T* scratch) {
+  if (m.data) return m.data + block * G * V::lanes * m.K;
+  pack_group<V, G>(from, storage, m.K, block, blocks, panel, scratch);
+  return panel;
+}
+
+// A batch of at most this many rows, for one step, is multiplied by dot products with the weights' own rows:
+// loading each weight once then costs less than packing it.
+constexpr int64_t dot_rows = f32::lanes > 1 ? 4 : 0;
+
+// sum[m][v] = dot product of row m of a with the weight rows that are vector v of the group at block `first`. Lane i of
+// a dot product takes every lanes-th k from i on; the lanes are added as a tree. scratch as for pack_group.
+template <int G, int M, int N, class V>
+static void dot_group(V (&sum)[M][N], const typename V::T* a, int64_t lda, const Source& from,
+                      const Storage<typename V::T>& storage, int64_t K, int64_t first, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int W = V::lanes;
+  for (int v = 0; v < N; ++v) {
+    const int64_t unit = (first + v / G) * W, n = smaller(W, from.units - unit);
+    const T* rows[W];
+    weight_rows<V>(from, storage, v % G, unit, n, K, rows, scratch);
+    for (int64_t lane = n; lane < W; ++lane) rows[lane] = rows[0];  // padding: any finite number will do
+    for (int m = 0; m < M; ++m) {
+      const T* left = a + m * lda;
+      V part[W];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < W; ++lane) part[lane] = V::set(0);
+      int64_t k = 0;
+      for (; k + W <= K; k += W) {
+        const V x = V::load(left + k);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) part[lane] = fma(V::load(rows[lane] + k), x, part[lane]);
+      }
+      if (k < K) {
+        const int rest = int(K - k);
+        const V x = V::load(left + k, rest);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) part[lane] = fma(V::load(rows[lane] + k, rest), x, part[lane]);
+      }
+      transpose(part);
+#pragma GCC unroll 4
+      for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) part[i] = part[i] + part[i + half];
+      sum[m][v] = part[0];
+    }
   }
 }

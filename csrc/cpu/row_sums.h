@@ -12,7 +12,7 @@ struct RowSums {
   using T = typename V::T;
   static constexpr int W = V::lanes;
   static constexpr int64_t panel = 16 * tile_rows;
-  static constexpr int64_t depth = 4 * k_block;
+  static constexpr int64_t depth = 512;
   static constexpr int64_t group = group_vectors * W;
   static constexpr int64_t tile_depth = depth + 8;  // not a power of two, or all tiles would share the same cache sets
 

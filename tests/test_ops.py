@@ -1,0 +1,209 @@
+"""The two operators as operators: schema, fake kernels, strides, errors, and the count of their products."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import DTYPES, dtype_name, normal
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastrnn
+from fastrnn import ops
+
+LAYER, BACKWARD = torch.ops.fastrnn.layer.default, torch.ops.fastrnn.layer_backward.default
+CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+OPTIONS = ["plain", "everything", "packed", "batch major", "empty batch", "no bias"]
+FIELDS = ["cell", "input", "h0", "c0", "weights", "batch_sizes", "lengths", "reset"]
+FIELDS += ["bidirectional", "batch_major", "all_states", "save"]
+
+
+def arguments(cell, dtype=torch.float32, option="plain", T=4, B=3, I=2, H=5, proj=0, D=2):
+    """The arguments of `layer`, by name."""
+    G, P = CELLS[cell], proj or H
+    B = 0 if option == "empty batch" else B
+    shapes = [(G * H, I), (G * H, P)] + ([] if option == "no bias" else [(G * H,), (G * H,)])
+    shapes += [(P, H)] if proj else []
+    weights = [0.3 * normal(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes * D)]
+    a = dict.fromkeys(FIELDS) | dict(cell=cell, weights=weights, bidirectional=D == 2, save=True)
+    a |= dict(batch_major=option == "batch major", all_states=option in ("everything", "packed"))
+    a["input"] = normal(T, B, I, dtype=dtype, seed=20)
+    a["h0"] = normal(D, B, P, dtype=dtype, seed=21)
+    a["c0"] = normal(D, B, H, dtype=dtype, seed=22) if cell == "lstm" else None
+    if option == "everything":
+        a["lengths"] = torch.tensor([4, 0, 2])
+        a["reset"] = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
+    if option == "packed":
+        a["batch_sizes"] = torch.tensor([3, 2, 2, 1])
+        a["input"] = normal(8, I, dtype=dtype, seed=20)
+    return a
+
+
+def backward_arguments(a, missing=()):
+    """The arguments of `layer_backward` for random incoming gradients."""
+    output, h_n, c_n, h_all, c_all, tape = LAYER(*a.values())
+    lstm = a["cell"] == "lstm"
+    grads = dict(d_output=output, d_h_n=h_n, d_c_n=c_n if lstm else None)
+    grads |= dict(d_h_all=h_all if a["all_states"] else None, d_c_all=c_all if lstm and a["all_states"] else None)
+    grads = {
+        k: None if v is None or k in missing else normal(*v.shape, dtype=v.dtype, seed=9) for k, v in grads.items()
+    }
+    b = {k: a[k] for k in FIELDS[:8]} | dict(tape=tape) | grads
+    b |= {k: a[k] for k in ("bidirectional", "batch_major")}
+    return b | dict(needs=[True, True, lstm] + [True] * len(a["weights"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
+def test_opcheck(cell, option, dtype):
+    cell, *projected = cell.split()
+    a = arguments(cell, dtype, option, proj=2 if projected else 0)
+    for all_states, save in itertools.product([False, True], [False, True]) if option == "plain" else [(None, None)]:
+        if save is not None:
+            a |= dict(all_states=all_states, save=save)
+        opcheck(LAYER, tuple(a.values()))
+    a["save"] = True
+    for missing in [(), ("d_h_n", "d_c_n"), ("d_output",)]:
+        opcheck(BACKWARD, tuple(backward_arguments(a, missing).values()))
+
+
+def same_layout(fake, real):
+    assert len(fake) == len(real)
+    for f, r in zip(fake, real, strict=True):
+        assert (f.shape, f.dtype, f.device) == (r.shape, r.dtype, r.device)
+        if r.numel():
+            assert f.stride() == r.stride()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
+def test_fake_strides_are_the_real_ones(cell, option):
+    cell, *projected = cell.split()
+    a = arguments(cell, option=option, proj=2 if projected else 0)
+    for view in (lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)):
+        if option != "packed":
+            a["input"] = view(a["input"])
+        b = backward_arguments(a)
+        for op, given in ((LAYER, a), (BACKWARD, b)):
+            real = op(*given.values())
+            with FakeTensorMode() as mode:
+                fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, tuple(given.values())))
+            same_layout(fake, real)
+        for needed in range(len(b["needs"])):
+            alone = b | dict(needs=[i == needed for i in range(len(b["needs"]))])
+            if alone["needs"][2] and cell != "lstm":
+                continue
+            real = BACKWARD(*alone.values())
+            assert [r.numel() > 0 or i == needed for i, r in enumerate(real)].count(True) == 1
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_results_are_fresh_memory(cell):
+    a = arguments(cell, option="everything")
+    given = [a["input"], a["h0"], *a["weights"]] + ([a["c0"]] if cell == "lstm" else [])
+    results = [*LAYER(*a.values()), *BACKWARD(*backward_arguments(a).values())]
+    places = [t.untyped_storage().data_ptr() for t in given + results if t.numel()]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_meta_kernels(option):
+    a = arguments("gru", option=option)
+    meta = LAYER(*torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: t if t.dtype == torch.int64 else t.to("meta"), tuple(a.values())
+    ))  # fmt: skip
+    same_layout([t.to("meta") for t in LAYER(*a.values())], meta)
+
+
+GOOD = [torch.zeros(20, 2), torch.zeros(20, 5), torch.zeros(20), torch.zeros(20)]
+BAD = {
+    "cell": ("cell", dict(cell="elman")),
+    "input has one dimension": ("input", dict(input=torch.zeros(3))),
+    "input is integer": ("input", dict(input=torch.zeros(4, 3, 2, dtype=torch.int64))),
+    "h0 has another batch": ("h0", dict(h0=torch.zeros(2, 4, 5))),
+    "h0 has another dtype": ("h0", dict(h0=torch.zeros(2, 3, 5, dtype=torch.float64))),
+    "c0 has another width": ("c0", dict(c0=torch.zeros(2, 3, 4))),
+    "a weight is missing": ("weights", dict(weights=[torch.zeros(20, 2)])),
+    "a weight is short": ("weights", dict(weights=[*GOOD[:3], torch.zeros(19)] * 2)),
+    "a weight has another dtype": (
+        "weights", dict(weights=[GOOD[0].double(), *GOOD[1:]] * 2),
+    ),
+    "lengths are float": ("lengths", dict(lengths=torch.zeros(3))),
+    "lengths are few": ("lengths", dict(lengths=torch.tensor([1, 2]))),
+    "a length is negative": ("lengths", dict(lengths=torch.tensor([1, 2, -1]))),
+    "a length is beyond T": ("lengths", dict(lengths=torch.tensor([1, 2, 5]))),
+    "reset is float": ("reset", dict(reset=torch.zeros(4, 3))),
+    "reset is transposed": ("reset", dict(reset=torch.zeros(3, 4, dtype=torch.bool))),
+    "batch sizes grow": ("batch_sizes", dict(input=torch.zeros(8, 2), batch_sizes=torch.tensor([2, 3, 2, 1]))),
+    "batch sizes do not add up": ("batch_sizes", dict(input=torch.zeros(8, 2), batch_sizes=torch.tensor([3, 2, 1, 1]))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_name_the_argument(case):
+    name, change = BAD[case]
+    with pytest.raises((RuntimeError, ValueError), match=name) as caught:
+        LAYER(*(arguments("lstm") | change).values())
+    assert "expected" in str(caught.value).lower()
+    assert "got" in str(caught.value)
+    for private in ("/work/", "/home/", "/tmp/", "csrc/"):
+        assert private not in str(caught.value)
+
+
+def test_backward_errors_name_the_argument():
+    b = backward_arguments(arguments("lstm"))
+    for name, value in {
+        "tape": torch.zeros(3), "d_output": torch.zeros(4, 3, 9), "d_h_n": torch.zeros(2, 3, 4),
+        "d_c_n": torch.zeros(1), "needs": [True],
+    }.items():  # fmt: skip
+        with pytest.raises((RuntimeError, ValueError), match=name):
+            BACKWARD(*(b | {name: value}).values())
+
+
+@pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
+def test_flop_counter(cell):
+    """2 * multiplications of every matrix product, as torch counts them: input projection, recurrence, projection."""
+    cell, *projected = cell.split()
+    T, B, I, H, P, D, G = 4, 3, 2, 5, 2 if projected else 5, 2, CELLS[cell]
+    name = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}[cell]
+    options = ({"nonlinearity": cell[4:]} if name == "RNN" else {}) | ({"proj_size": 2} if projected else {})
+    module = getattr(fastrnn, name)(I, H, bidirectional=True, **options)
+    into, recurrent, state = (
+        2 * T * B * D * G * H * I,
+        2 * T * B * D * G * H * P,
+        2 * T * B * D * H * P * bool(projected),
+    )
+    for needs_input in (False, True):
+        x = torch.randn(T, B, I, requires_grad=needs_input)
+        with FlopCounterMode(display=False) as forward:
+            output, _ = module(x)
+        assert forward.get_total_flops() == into + recurrent + state
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        # every product has one for the gradient of its weight, and one for the gradient of its other operand
+        assert backward.get_total_flops() == into * (1 + needs_input) + 2 * recurrent + 2 * state
+
+
+def test_flops_are_torchs_for_the_same_work():
+    """torch.nn.RNN without biases is nothing but products: the same count as its own operators give."""
+    x = torch.randn(6, 4, 5)
+    module = torch.nn.RNN(5, 7, bias=False)
+    counts = []
+    for convert in (lambda m: m, fastrnn.accelerate):
+        with FlopCounterMode(display=False) as counter:
+            convert(module)(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_schemas_are_functional():
+    for op in (LAYER, BACKWARD):
+        assert not op._schema.is_mutable
+        assert torch.Tag.pt2_compliant_tag in op.tags or not op.tags
+
+
+def test_cells_list():
+    assert {c["name"]: c["gates"] for c in ops.CELLS.values()} == CELLS
+    assert [c["name"] for c in ops.CELLS.values() if c["has_c"]] == ["lstm"]
