@@ -51,19 +51,24 @@ def test_numbers(name, options, dtype, rule, isa):
     assert rule.configurations >= 12
 
 
+@pytest.mark.parametrize("batch", [1, 4, 5])
 @pytest.mark.parametrize(("name", "options"), CELLS, ids=IDS)
-def test_a_sequence_of_steps_is_the_sequence(name, options, isa):
-    """Bit for bit: the cells and the sequence classes run the same kernel."""
+def test_a_sequence_of_steps_is_the_sequence(name, options, batch, isa):
+    """Bit for bit above four rows; one step of fewer is summed in another order (csrc/cpu/gemm.h, dot_group)."""
     cell = getattr(fastrnn, name)(5, 19, **options)
     rnn = getattr(fastrnn, name.removesuffix("Cell"))(5, 19, **options)
     rnn.load_state_dict({n + "_l0": p for n, p in cell.state_dict().items()})
-    x, state, outputs = torch.randn(7, 4, 5), None, []
+    x, state, outputs = torch.randn(7, batch, 5), None, []
     for t in range(7):
         state = cell(x[t], state)
         outputs.append(state[0] if name == "LSTMCell" else state)
     output, hidden = rnn(x)
-    assert torch.stack(outputs).equal(output)
-    assert all(a.equal(b[0]) for a, b in zip(tensors_in(state), tensors_in(hidden), strict=True))
+    steps = [torch.stack(outputs), *(h.unsqueeze(0) for h in tensors_in(state))]
+    for one, whole in zip(steps, [output, *tensors_in(hidden)], strict=True):
+        if batch > 4:
+            assert one.equal(whole)
+        else:
+            assert (one - whole).norm() <= 5e-7 * whole.norm()
 
 
 @pytest.mark.parametrize(("name", "options"), CELLS, ids=IDS)

@@ -38,6 +38,15 @@ def equal(a, b):
     return len(a) == len(b) and all(x.equal(y) for x, y in zip(a, b, strict=True))
 
 
+def assert_same(a, b, one_step=False):
+    """Bit for bit; but one step of up to four rows is summed in another order (csrc/cpu/gemm.h, dot_group)."""
+    if one_step:
+        assert a.shape == b.shape
+        assert (a.double() - b.double()).norm() <= 8 * torch.finfo(a.dtype).eps * (1 + b.double().norm())
+    else:
+        assert a.equal(b)
+
+
 def states(hx, f):
     return None if hx is None else tuple(f(h) for h in hx) if isinstance(hx, tuple) else f(hx)
 
@@ -54,8 +63,9 @@ def test_a_sequence_can_be_cut_anywhere(network, data):
             if len(part):
                 output, state = rnn(part, state)
                 parts.append(output)
-    assert equal(torch.cat(parts), whole)
-    assert equal(state, last)
+    one_step = 1 in (t, len(x) - t) and x.shape[1] <= 4
+    for a, b in zip([torch.cat(parts), *tensors_in(state)], [whole, *tensors_in(last)], strict=True):
+        assert_same(a, b, one_step)
 
 
 @given(networks(), st.data())
@@ -139,8 +149,10 @@ def test_batch_first_and_unbatched_are_layouts(network, data):
         if x.shape[1]:
             b = data.draw(st.integers(0, x.shape[1] - 1))
             alone, alone_hidden = rnn(x[:, b], states(hx, lambda h: h[:, b]))
-            assert alone.equal(output[:, b])
-            assert all(a.equal(h[:, b]) for a, h in zip(flat(alone_hidden), flat(hidden), strict=True))
+            one_step = len(x) == 1 and x.shape[1] > 4
+            assert_same(alone, output[:, b], one_step)
+            for a, h in zip(flat(alone_hidden), flat(hidden), strict=True):
+                assert_same(a, h[:, b], one_step)
 
 
 @given(networks(dtypes=(torch.float32, torch.float64)))
