@@ -11,8 +11,10 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -112,6 +114,24 @@ def measure(w: Workload, seconds: float) -> dict:
     return result
 
 
+def conditions() -> dict:
+    """Machine, versions and commit, to stand beside the figures."""
+    cpu = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].split(":")[1].strip() if models else cpu
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "isa": fastrnn.build_info()["isa"],
+        "torch": torch.__version__,
+        "fastrnn": fastrnn.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -120,12 +140,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = [measure(w, arguments.seconds) for w in track(WORKLOADS, description="measuring", transient=True)]
-    info = {
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-    }
-    info |= {"fastrnn": fastrnn.__version__, "isa": fastrnn.build_info()["isa"]}
+    info = conditions()
 
     table = Table(title="µs per step and layer; ratio = torch.nn's time / fastrnn's", caption=str(info))
     for column in (
