@@ -54,7 +54,7 @@ def test_numbers(name, options, dtype, rule, isa):
 @pytest.mark.parametrize("batch", [1, 4, 5])
 @pytest.mark.parametrize(("name", "options"), CELLS, ids=IDS)
 def test_a_sequence_of_steps_is_the_sequence(name, options, batch, isa):
-    """Bit for bit above four rows; one step of fewer is summed in another order (csrc/cpu/gemm.h, dot_group)."""
+    """Bit for bit above four rows; one step of fewer is summed in another order (csrc/cpu/pack.h, dot_group)."""
     cell = getattr(fastrnn, name)(5, 19, **options)
     rnn = getattr(fastrnn, name.removesuffix("Cell"))(5, 19, **options)
     rnn.load_state_dict({n + "_l0": p for n, p in cell.state_dict().items()})

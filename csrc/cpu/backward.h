@@ -149,11 +149,11 @@ struct BackwardPass {
     const int64_t n = slices.first[s + 1] - slices.first[s];
     if (n == 0) return;
 
-    load_state(p.dh_n, d, order, n, p.P, Pp, w.dh);
-    load_state(p.h0, d, order, n, p.P, Pp, w.h0);
+    load_state(p, storage, p.dh_n, d, order, n, p.P, Pp, w.dh);
+    load_state(p, storage, p.h0, d, order, n, p.P, Pp, w.h0);
     if (Cell::has_c) {
-      load_state(p.dc_n, d, order, n, p.H, Hp, w.dc);
-      load_state(p.c0, d, order, n, p.H, Hp, w.c0);
+      load_state(p, storage, p.dc_n, d, order, n, p.H, Hp, w.dc);
+      load_state(p, storage, p.c0, d, order, n, p.H, Hp, w.c0);
     }
     Active active(p, order, n);
     for (int64_t q = 0; q < p.T; ++q) {
@@ -172,13 +172,6 @@ struct BackwardPass {
       if (Cell::has_c && p.dc0)
         storage.narrow(w.dc + i * Hp, bytes(p.dc0) + (d * p.B + order[i]) * p.H * storage.size, p.H);
     }
-  }
-
-  void load_state(const void* from, int d, const int64_t* order, int64_t n, int64_t width, int64_t padded, T* to) {
-    zero(to, n * padded);
-    if (from == nullptr) return;
-    for (int64_t i = 0; i < n; ++i)
-      storage.widen(bytes(from) + (d * p.B + order[i]) * width * storage.size, to + i * padded, width);
   }
 
   // to[0, n) += from[0, n), through the padded scratch row.

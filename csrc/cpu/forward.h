@@ -149,8 +149,8 @@ struct ForwardPass {
     const int64_t n = slices.first[s + 1] - slices.first[s];
     if (n == 0) return;
 
-    load_state(p.h0, d, order, n, p.P, Pp, w.h);
-    if (Cell::has_c) load_state(p.c0, d, order, n, p.H, Hp, w.c);
+    load_state(p, storage, p.h0, d, order, n, p.P, Pp, w.h);
+    if (Cell::has_c) load_state(p, storage, p.c0, d, order, n, p.H, Hp, w.c);
 
     Active active(p, order, n);
     const int64_t steps = n >= tile ? 1 : tile / n;  // steps per tile
@@ -185,13 +185,6 @@ struct ForwardPass {
       storage.narrow(w.h + i * Pp, bytes(p.h_n) + (d * p.B + order[i]) * p.P * storage.size, p.P);
       if (Cell::has_c) storage.narrow(w.c + i * Hp, bytes(p.c_n) + (d * p.B + order[i]) * p.H * storage.size, p.H);
     }
-  }
-
-  void load_state(const void* from, int d, const int64_t* order, int64_t n, int64_t width, int64_t padded, T* to) {
-    zero(to, n * padded);
-    if (from == nullptr) return;
-    for (int64_t i = 0; i < n; ++i)
-      storage.widen(bytes(from) + (d * p.B + order[i]) * width * storage.size, to + i * padded, width);
   }
 
   // Copies input rows [begin, end) of step t behind the `rows` already there; returns how many there are now.

@@ -27,7 +27,9 @@ constexpr int tile_rows = 2;
 
 // clang-format off: each builds on the one before
 #include "vec.h"
+#include "storage.h"
 #include "gemm.h"
+#include "pack.h"
 #include "layer.h"
 #include "forward.h"
 #include "backward.h"

@@ -56,7 +56,7 @@ struct Active {
   }
 };
 
-// Packed weights stay put for the whole call; each is packed by whoever of the team comes first to its groups.
+// Packing is shared out by groups.
 template <class V, int G>
 static int64_t group_count(const Packed<V, G>& m) {
   return ceil_div(m.blocks, Packed<V, G>::U);
@@ -80,4 +80,14 @@ FASTRNN_INLINE char* bytes(void* p) { return static_cast<char*>(p); }
 template <class T>
 FASTRNN_INLINE void zero(T* p, int64_t n) {
   __builtin_memset(p, 0, size_t(n) * sizeof(T));
+}
+
+// Rows order[0, n) of direction d of a [D, B, width] tensor, `padded` values apart; zero where there is no tensor.
+template <class T>
+static void load_state(const Layer& p, const Storage<T>& storage, const void* from, int d, const int64_t* order,
+                       int64_t n, int64_t width, int64_t padded, T* to) {
+  zero(to, n * padded);
+  if (from == nullptr) return;
+  for (int64_t i = 0; i < n; ++i)
+    storage.widen(bytes(from) + (d * p.B + order[i]) * width * storage.size, to + i * padded, width);
 }

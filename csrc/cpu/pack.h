@@ -1,0 +1,191 @@
+// Weights as the micro-kernel reads them: how a matrix is cut into groups, packing, and products without packing.
+
+// How one packed matrix is cut: `blocks` blocks of G vectors (the gates of one vector of hidden units, or single
+// columns when G is 1), U blocks to a group. The groups follow each other, so block j starts at j * G * lanes * K.
+// data is null when groups are packed where they are used (group_at).
+template <class V, int G>
+struct Packed {
+  using T = typename V::T;
+  static constexpr int W = V::lanes;
+  static constexpr int U = group_vectors / G > 0 ? group_vectors / G : 1;
+
+  T* data = nullptr;
+  int64_t K = 0;
+  int64_t blocks = 0;
+
+  static int64_t count(int64_t K, int64_t units) { return ceil_div(units, W) * G * W * K; }
+};
+
+// Where column c, depth k of a packed matrix comes from. Gate v of unit i reads row block gate[v] of a torch weight.
+//   transposed: element (gate[v] * H + i) * ld + k, a weight row becomes a column (input projection, recurrence)
+//   else: element k_row(k) * ld + i, rows stay rows (the dh chain, dx): G is 1, k = s * H + r reads row gate[s] * H + r
+struct Source {
+  const void* data;
+  int64_t ld;
+  int64_t units;  // H for a transposed source, the number of columns for the other
+  int64_t H;
+  bool transposed;
+  int gate[4];
+};
+
+// Transposes lanes x lanes values: zipping row i with row i + lanes / 2, log2(lanes) times over.
+template <class V>
+FASTRNN_INLINE void transpose(V (&rows)[V::lanes]) {
+  constexpr int W = V::lanes;
+#pragma GCC unroll 4
+  for (int stage = 1; stage < W; stage *= 2) {
+    V next[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = zip_low(rows[i], rows[i + W / 2]);
+      next[2 * i + 1] = zip_high(rows[i], rows[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
+// Weight rows rows[0, n) of K values become lanes: out[k * ld + lane], lanes past n zero.
+template <class V>
+static void pack_columns(const typename V::T* const* rows, int64_t n, int64_t K, typename V::T* out, int64_t ld) {
+  constexpr int W = V::lanes;
+  int64_t k = 0;
+  for (; k + W <= K; k += W) {
+    V square[W];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) square[lane] = lane < n ? V::load(rows[lane] + k) : V::set(0);
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) square[i].store(out + (k + i) * ld);
+  }
+  for (; k < K; ++k)
+    for (int64_t lane = 0; lane < W; ++lane) out[k * ld + lane] = lane < n ? rows[lane][k] : 0;
+}
+
+// Columns that stay rows: out[k * ld + lane] for n of the lanes, the others zero.
+template <class V>
+static void pack_rows(const Source& from, const Storage<typename V::T>& storage, int64_t unit, int64_t n, int64_t K,
+                      typename V::T* out, int64_t ld) {
+  using T = typename V::T;
+  constexpr int W = V::lanes;
+  const char* data = static_cast<const char*>(from.data);
+  for (int64_t k = 0; k < K;) {
+    const char* row = data + (from.gate[k / from.H] * from.H * from.ld + unit) * storage.size;
+    for (const int64_t end = smaller(k + from.H, K); k < end; ++k, row += from.ld * storage.size) {
+      T* to = out + k * ld;
+      if (n == W && !storage.rounds) {
+        V::load(reinterpret_cast<const T*>(row)).store(to);
+        continue;
+      }
+      storage.widen(row, to, n);
+      for (int64_t lane = n; lane < W; ++lane) to[lane] = 0;
+    }
+  }
+}
+
+// The n rows of a transposed source that are the columns of gate g from `unit` on, widened into scratch (lanes * K
+// values) where the storage is narrower.
+template <class V>
+static void weight_rows(const Source& from, const Storage<typename V::T>& storage, int g, int64_t unit, int64_t n,
+                        int64_t K, const typename V::T** rows, typename V::T* scratch) {
+  using T = typename V::T;
+  const char* data = static_cast<const char*>(from.data);
+  for (int64_t lane = 0; lane < n; ++lane) {
+    const char* row = data + (from.gate[g] * from.H + unit + lane) * from.ld * storage.size;
+    rows[lane] = reinterpret_cast<const T*>(row);
+    if (storage.rounds) {
+      storage.widen(row, scratch + lane * K, K);
+      rows[lane] = scratch + lane * K;
+    }
+  }
+}
+
+// Packs the group of `blocks` blocks that begins at block `first` into `group`. scratch: lanes * K values, when the
+// source is transposed and its storage narrower.
+template <class V, int G>
+static void pack_group(const Source& from, const Storage<typename V::T>& storage, int64_t K, int64_t first,
+                       int64_t blocks, typename V::T* group, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int W = V::lanes;
+  const int64_t N = blocks * G;
+  for (int64_t u = 0; u < blocks; ++u)
+    for (int g = 0; g < G; ++g) {
+      const int64_t unit = (first + u) * W;
+      const int64_t n = smaller(W, from.units - unit);
+      T* out = group + (u * G + g) * W;
+      if (!from.transposed) {
+        pack_rows<V>(from, storage, unit, n, K, out, N * W);
+        continue;
+      }
+      const T* rows[W];
+      weight_rows<V>(from, storage, g, unit, n, K, rows, scratch);
+      pack_columns<V>(rows, n, K, out, N * W);
+    }
+}
+
+// Packs group number `index` of a matrix, cut as over_groups cuts it: the last U - 1 blocks or fewer make small groups.
+template <class V, int G>
+static void pack(const Packed<V, G>& to, const Source& from, const Storage<typename V::T>& storage, int64_t index,
+                 typename V::T* scratch) {
+  constexpr int U = Packed<V, G>::U;
+  const int64_t end = smaller((index + 1) * U, to.blocks);
+  for (int64_t first = index * U; first < end;) {
+    const int64_t left = end - first;
+    const int64_t blocks = left >= U ? U : left >= 2 && U > 2 ? 2 : 1;
+    pack_group<V, G>(from, storage, to.K, first, blocks, to.data + first * G * V::lanes * to.K, scratch);
+    first += blocks;
+  }
+}
+
+// The group that begins at `block`: of the packed matrix, or, when it was not packed because every group is used once,
+// packed now into `panel` (room for a group). Either way the same numbers.
+template <class V, int G>
+static const typename V::T* group_at(const Packed<V, G>& m, const Source& from, const Storage<typename V::T>& storage,
+                                     int64_t block, int64_t blocks, typename V::T* panel, typename V::T* scratch) {
+  if (m.data) return m.data + block * G * V::lanes * m.K;
+  pack_group<V, G>(from, storage, m.K, block, blocks, panel, scratch);
+  return panel;
+}
+
+// A batch of at most this many rows, for one step, is multiplied by dot products with the weights' own rows:
+// loading each weight once then costs less than packing it.
+constexpr int64_t dot_rows = f32::lanes > 1 ? 4 : 0;
+
+// sum[m][v] = dot product of row m of a with the weight rows that are vector v of the group at block `first`. Lane i of
+// a dot product takes every lanes-th k from i on; the lanes are added as a tree. scratch as for pack_group.
+template <int G, int M, int N, class V>
+static void dot_group(V (&sum)[M][N], const typename V::T* a, int64_t lda, const Source& from,
+                      const Storage<typename V::T>& storage, int64_t K, int64_t first, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int W = V::lanes;
+  for (int v = 0; v < N; ++v) {
+    const int64_t unit = (first + v / G) * W, n = smaller(W, from.units - unit);
+    const T* rows[W];
+    weight_rows<V>(from, storage, v % G, unit, n, K, rows, scratch);
+    for (int64_t lane = n; lane < W; ++lane) rows[lane] = rows[0];  // padding: any finite number will do
+    for (int m = 0; m < M; ++m) {
+      const T* left = a + m * lda;
+      V part[W];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < W; ++lane) part[lane] = V::set(0);
+      int64_t k = 0;
+      for (; k + W <= K; k += W) {
+        const V x = V::load(left + k);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) part[lane] = fma(V::load(rows[lane] + k), x, part[lane]);
+      }
+      if (k < K) {
+        const int rest = int(K - k);
+        const V x = V::load(left + k, rest);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) part[lane] = fma(V::load(rows[lane] + k, rest), x, part[lane]);
+      }
+      transpose(part);
+#pragma GCC unroll 4
+      for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) part[i] = part[i] + part[i + half];
+      sum[m][v] = part[0];
+    }
+  }
+}
