@@ -356,6 +356,8 @@ def _checked(
     lengths,
     all_states,
 ):
+    if all_states is not True and all_states is not False:
+        raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
     packed = isinstance(input, PackedSequence)
     data = input[0] if packed else input
     if not isinstance(data, Tensor):

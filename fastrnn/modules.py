@@ -136,6 +136,8 @@ def _forward(self, input, hx, positional, reset, lengths, all_states):
         raise TypeError(
             f"reset, lengths, all_states: expected keyword arguments, got {len(positional)} more positional argument(s)"
         )
+    if all_states is not True and all_states is not False:
+        raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
     extended = reset is not None or lengths is not None or all_states
     call = resolve(self, input, hx)
     if call is None:

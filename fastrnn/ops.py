@@ -7,6 +7,7 @@ The operators themselves are csrc/ops.cpp; their arguments and results are descr
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,6 +33,13 @@ def _load() -> None:
 
 _load()
 from fastrnn import _C  # noqa: E402  (links against the library loaded above)
+
+_rejected = _C.build_info()["rejected_environment"]
+if _rejected is not None:
+    warnings.warn(
+        f"FASTRNN_ISA: expected one of {', '.join(_C.isas())} on this machine, got {_rejected!r}; using {_C.isa()}",
+        stacklevel=2,
+    )
 
 # One entry for each cell, from csrc/cells.h: name, gates, slots, x_first, hidden_gate, tape, has_c.
 CELLS: dict[str, dict] = {cell["name"]: cell for cell in _C.cells()}

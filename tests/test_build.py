@@ -118,6 +118,13 @@ def test_an_unknown_tier_in_the_environment_is_reported_and_not_fatal():
     assert isa_of_a_child("mmx") == [ISAS[-1], "'mmx'"]
 
 
+def test_an_unknown_tier_is_warned_of_when_fastrnn_is_imported():
+    environment = {**os.environ, "FASTRNN_ISA": "AVX2"}
+    code = [sys.executable, "-c", "import fastrnn"]
+    done = subprocess.run(code, env=environment, capture_output=True, text=True, check=True)
+    assert f"FASTRNN_ISA: expected one of {', '.join(ISAS)} on this machine, got 'AVX2'" in done.stderr
+
+
 def test_an_empty_environment_is_the_default():
     assert isa_of_a_child(None) == isa_of_a_child("") == [ISAS[-1], "None"]
 

@@ -130,3 +130,14 @@ def test_new_arguments_are_keyword_only():
 def test_hx_defaults_to_zero():
     assert F.lstm(X, None, W)[0].equal(F.lstm(X, HX, W)[0])
     assert all(h.shape == (1, 4, 7) for h in flat(F.lstm(X, None, W)[1]))
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_all_states_is_a_bool(value):
+    rnn, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    for call in (
+        lambda: rnn(x, all_states=value),
+        lambda: fastrnn.functional.gru(x, None, list(rnn.parameters()), all_states=value),
+    ):
+        with pytest.raises(TypeError, match=f"all_states: expected a bool, got {type(value).__name__}"):
+            call()
