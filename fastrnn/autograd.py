@@ -54,12 +54,7 @@ class _Layer(torch.autograd.Function):
                 results = _differentiable(arguments, spread, needs, incoming)
         else:
             arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, *incoming)
-            # A backward called inside an autocast region must not lower the library products of the weight gradients.
-            if torch.is_autocast_enabled("cpu"):
-                with torch.autocast("cpu", enabled=False):
-                    results = ops.layer_backward(*arguments, bidirectional, batch_major, needs)
-            else:
-                results = ops.layer_backward(*arguments, bidirectional, batch_major, needs)
+            results = ops.layer_backward(*arguments, bidirectional, batch_major, needs)
             results = [r if n else None for r, n in zip(results, needs)]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
