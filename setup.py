@@ -72,6 +72,7 @@ def write_ninja(folder, version):
         "ops": ("csrc/ops.cpp", f"-isystem '{headers['torch']}'"),
         "dispatch": ("csrc/cpu/dispatch.cpp", ""),
         "workspace": ("csrc/cpu/workspace.cpp", ""),
+        "plan": ("csrc/cpu/plan.cpp", ""),
     }
     # gcc 12 takes the vectors in its own headers and in the register tiles for uninitialised.
     quiet = "-Wno-uninitialized -Wno-maybe-uninitialized"

@@ -13,6 +13,9 @@
 // backward needs. backward(tape, h_prev, c_prev, dh, dc, da): dh the gradient of h' in, and out the part of the
 // gradient of h that does not pass through the recurrent product; dc the gradient of c' in, of c out; da[slots] the
 // gradient of the pre-activations.
+//
+// `bypass`: part of h reaches h' beside the recurrent product (so backward leaves a dh). reads_h: forward and backward
+// read the previous h itself. hidden(o, c) is h' of the LSTM, which keeps c on the tape (the others' last block is h').
 #pragma once
 
 #include "math.h"
@@ -25,7 +28,7 @@ struct RnnTanh {
   static constexpr CellKind kind = CellKind::rnn_tanh;
   static constexpr int gates = 1, slots = 1, x_first = 0, tape = 1;
   static constexpr int hidden_gate[4] = {0, 0, 0, 0};
-  static constexpr bool has_c = false;
+  static constexpr bool has_c = false, bypass = false, reads_h = false;
   enum { H };  // tape
 
   template <class V>
@@ -45,7 +48,7 @@ struct RnnRelu {
   static constexpr CellKind kind = CellKind::rnn_relu;
   static constexpr int gates = 1, slots = 1, x_first = 0, tape = 1;
   static constexpr int hidden_gate[4] = {0, 0, 0, 0};
-  static constexpr bool has_c = false;
+  static constexpr bool has_c = false, bypass = false, reads_h = false;
   enum { H };
 
   template <class V>
@@ -65,7 +68,7 @@ struct Lstm {
   static constexpr CellKind kind = CellKind::lstm;
   static constexpr int gates = 4, slots = 4, x_first = 0, tape = 5;
   static constexpr int hidden_gate[4] = {0, 1, 2, 3};
-  static constexpr bool has_c = true;
+  static constexpr bool has_c = true, bypass = false, reads_h = false;
   enum { I, F, G, O, C };  // slots and tape
 
   template <class V>
@@ -77,6 +80,10 @@ struct Lstm {
     c = fma(tape[F], c, tape[I] * tape[G]);
     tape[C] = c;
     h = tape[O] * tanh(c);
+  }
+  template <class V>
+  FASTRNN_FN V hidden(V o, V c) {
+    return o * tanh(c);
   }
   template <class V>
   FASTRNN_FN void backward(const V* tape, V, V c_prev, V& dh, V& dc, V* da) {
@@ -98,7 +105,7 @@ struct Gru {
   static constexpr CellKind kind = CellKind::gru;
   static constexpr int gates = 3, slots = 4, x_first = 1, tape = 5;
   static constexpr int hidden_gate[4] = {2, 0, 1, 0};
-  static constexpr bool has_c = false;
+  static constexpr bool has_c = false, bypass = true, reads_h = true;
   enum { NH, R, Z, NX };  // slots: hidden part of n, r, z, input part of n
   enum { TAPE_NH, TAPE_R, TAPE_Z, TAPE_N, TAPE_H };
 

@@ -7,6 +7,8 @@
 
 #include "cells.h"
 #include "cpu/dispatch.h"
+#include "cpu/plan.h"
+#include "cpu/workspace.h"
 
 namespace py = pybind11;
 using namespace fastrnn;
@@ -73,6 +75,33 @@ py::list cells() {
   return list;
 }
 
+void set_split(const std::string& name) {
+  if (!force_split(name.c_str()))
+    throw py::value_error("split: expected 'serial', 'batch', 'hidden', or '' for the model's choice, got '" + name +
+                          "'");
+}
+
+// How a layer would be shared out among `threads` threads.
+py::dict split_of(const std::string& cell, bool float64, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
+                  int threads) {
+  Layer layer;
+  const CellTraits* found = nullptr;
+  for_each_cell([&](auto c) {
+    if (cell == c.name) found = &traits(c.kind);
+  });
+  if (!found) throw py::value_error("cell: expected the name of a cell, got '" + cell + "'");
+  layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.D = D;
+  const int lanes = std::max(1, current().float_lanes / (float64 ? 2 : 1));
+  const Split s = choose_split(layer, *found, std::min(threads, cpu_quota()), lanes, float64 ? 8 : 4,
+                               std::max(1, 4 / found->gates));
+  py::dict result;
+  result["directions"] = s.directions;
+  result["slices"] = s.slices;
+  result["parts"] = s.parts;
+  result["limit"] = s.limit;
+  return result;
+}
+
 // For the accuracy tests: y[i] = function(x[i]) by the tier in use, on n values at the two addresses.
 void activation(const std::string& function, const std::string& dtype, uintptr_t x, uintptr_t y, int64_t n) {
   if (function != "sigmoid" && function != "tanh")
@@ -91,6 +120,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets this machine can run, narrowest first.");
   m.def("isa", [] { return current().isa; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("isa"), "Forces an instruction set for the whole process; '' for the default.");
+  m.def("set_split", &set_split, py::arg("split"),
+        "Forces how layers are shared out among threads ('serial', 'batch', 'hidden'; '' for the model's choice).");
+  m.def("split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+        py::arg("P"), py::arg("D"), py::arg("threads"),
+        "How a layer would be shared out: directions side by side, slices of rows, parts of hidden units; the limit.");
+  m.def("workspace_bytes", &workspace_bytes, "Bytes of scratch memory that the kernels keep, all threads together.");
+  m.def("release_workspace", &release_workspace, "Gives that memory back; returns how many bytes it was.");
   m.def("activation", &activation, py::arg("function"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"),
         "Applies sigmoid or tanh of the tier in use to n values at address x, into address y; for the tests.");
   m.def("cells", &cells, "The cells and how their pre-activations are laid out (csrc/cells.h).");

@@ -1,14 +1,15 @@
-// torch.ops.fastrnn.*: schemas, checks, allocation, and which sums the weight gradients are.
+// torch.ops.fastrnn.*: schemas, checks, allocation.
 //
 //   check()           arguments -> Problem: a problem.h Layer, the tensors that keep its pointers alive, the sizes
 //   layer()           allocates the results, fills Forward, runs the kernel
-//   layer_backward()  fills Backward, runs the kernel, sums up the weight gradients
+//   layer_backward()  fills Backward, allocates the gradients, runs the kernel
 //
 // Letters for sizes are problem.h's. Errors name the argument, what was expected and what came.
 #include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cells.h"
@@ -47,13 +48,13 @@ struct Problem {
   Layer layer;
   const CellTraits* cell = nullptr;
   bool packed = false, projection = false, bias = false;
-  int64_t N = 0;             // stored rows
+  int64_t N = 0;             // rows of the tape: the stored rows, or T*B where lengths alone tell how many are used
   int32_t dtype = 0;         // torch's code of the storage dtype
   int32_t compute = 0;       // and of the compute dtype
   size_t per_direction = 0;  // weights of one direction
   Tensor input;              // last dimension contiguous
   std::vector<Tensor> kept;
-  std::vector<int64_t> first_row, lengths;
+  std::vector<int64_t> first_row, lengths, order;
 };
 
 void check_tensor(const Tensor& t, const char* name, int32_t dtype, const Sizes& sizes, const char* shape) {
@@ -140,6 +141,7 @@ void check_batch_sizes(Problem& p, const Tensor& sizes) {
     for (int64_t b = 0; b < size[t]; ++b) p.lengths[b] = t + 1;
   p.layer.T = T;
   p.layer.B = size[0];
+  p.layer.packed = true;
   p.layer.first_row = p.first_row.data();
   p.layer.lengths = p.lengths.data();
 }
@@ -161,6 +163,17 @@ void check_lengths(Problem& p, const Tensor& lengths) {
     p.lengths.push_back(length);
   }
   p.layer.lengths = p.lengths.data();
+  // Rank the rows, longest first, by counting.
+  const int64_t T = p.layer.T;
+  std::vector<int64_t> longer(T + 1, 0);  // rows longer than t; then the next rank of length t
+  for (const int64_t length : p.lengths) ++longer[length];
+  for (int64_t t = T, above = 0; t >= 0; --t) above += std::exchange(longer[t], above);
+  p.first_row.assign(1, 0);
+  for (int64_t t = 0; t < T; ++t) p.first_row.push_back(p.first_row.back() + longer[t]);
+  p.order.resize(p.layer.B);
+  for (int64_t b = 0; b < p.layer.B; ++b) p.order[longer[p.lengths[b]]++] = b;
+  p.layer.first_row = p.first_row.data();
+  p.layer.order = p.order.data();
 }
 
 void check_weights(Problem& p, const Arguments& a) {
@@ -227,16 +240,7 @@ Problem check(const Arguments& a, bool bidirectional) {
   return p;
 }
 
-// Zeroes the rows of a dense [T, B] block that lie past their length.
-void clear_past_lengths(const Problem& p, void* data, size_t row_bytes) {
-  const Layer& l = p.layer;
-  if (p.packed || !l.lengths) return;
-  for (int64_t b = 0; b < l.B; ++b)
-    for (int64_t t = l.lengths[b]; t < l.T; ++t)
-      std::memset(static_cast<char*>(data) + (t * l.B + b) * row_bytes, 0, row_bytes);
-}
-
-int64_t tape_width(const Problem& p) { return p.cell->tape * p.layer.H + (p.projection ? p.layer.P : 0); }
+int64_t tape_width(const Problem& p) { return tape_width(*p.cell, p.layer.H, p.layer.P, p.projection); }
 
 // --------------------------------------------------------------------------------------------------------- forward
 
@@ -257,7 +261,8 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor c_n = has_c ? empty({f.D, f.B, f.H}, p.dtype) : none(p.dtype);
   const Tensor h_all = all_states ? empty({f.D, f.T, f.B, f.P}, p.dtype) : none(p.dtype);
   const Tensor c_all = all_states && has_c ? empty({f.D, f.T, f.B, f.H}, p.dtype) : none(p.dtype);
-  const Tensor tape = save ? empty({f.D, p.N, tape_width(p)}, p.compute) : none(p.compute);
+  const Tensor tape =
+      save ? empty_block({f.D, p.N, tape_width(p)}, p.compute, p.layer.dtype == Dtype::f64 ? 8 : 4) : none(p.compute);
 
   const ConstRows rows = rows_of(y, p.packed);
   f.y = {y.data_ptr(), rows.step, rows.row};
@@ -265,11 +270,7 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
   if (has_c) f.c_n = c_n.data_ptr();
   if (all_states) f.h_all = h_all.data_ptr();
   if (all_states && has_c) f.c_all = c_all.data_ptr();
-  if (save) {
-    f.tape = tape.data_ptr();
-    const size_t row_bytes = tape_width(p) * tape.element_size();  // the kernel leaves those rows alone
-    for (int d = 0; d < f.D; ++d) clear_past_lengths(p, static_cast<char*>(f.tape) + d * p.N * row_bytes, row_bytes);
-  }
+  if (save) f.tape = tape.data_ptr();
   if (f.B) current().forward(f, team());
 
   const Tensor* results[] = {&y, &h_n, &c_n, &h_all, &c_all, &tape};
@@ -278,76 +279,7 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
 
 // -------------------------------------------------------------------------------------------------------- backward
 
-// The input as an [N, I] matrix of the compute dtype. Rows past a length are zero: a NaN there would survive a product
-// with the zero that dgates holds.
-Tensor input_matrix(const Problem& p) {
-  const Layer& l = p.layer;
-  const int64_t row = !p.packed && l.B == 1 ? l.x.step : l.x.row;
-  const bool one_stride = p.packed || l.T == 1 || l.x.step == l.B * row;
-  if (p.dtype == p.compute && one_stride && row >= std::max<int64_t>(l.I, 1) && (p.packed || !l.lengths))
-    return view(p.input, {p.N, l.I}, {row, 1}, 0);
-  Tensor copy = empty(p.packed ? Sizes{p.N, l.I} : Sizes{l.T, l.B, l.I}, p.compute);
-  stable::copy_(copy, p.input);
-  clear_past_lengths(p, copy.data_ptr(), l.I * copy.element_size());
-  return view(copy, {p.N, l.I}, {std::max<int64_t>(l.I, 1), 1}, 0);
-}
-
 Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
-
-// Calls f(slot, gate, count) for every run of slots that hold consecutive gates of w_hh.
-template <class F>
-void for_each_hidden_run(const CellTraits& cell, F&& f) {
-  for (int slot = 0, end = 0; slot < cell.gates; slot = end) {
-    for (end = slot + 1; end < cell.gates && cell.hidden_gate[end] == cell.hidden_gate[end - 1] + 1;) ++end;
-    f(slot, cell.hidden_gate[slot], end - slot);
-  }
-}
-
-// What the kernel leaves for the weight gradients, and the sums they are. Absent members: not wanted.
-struct WeightGradients {
-  Tensor dgates;
-  std::optional<Tensor> h_prev, dh_out, h_raw, x;
-  std::vector<RowSum> sums;
-
-  // Sums of input weights and bias, hidden weights and bias, projection of direction d; null for what is not wanted.
-  void add_input(const Problem& p, int64_t d, void* w_ih, void* b_ih) {
-    const CellTraits& cell = *p.cell;
-    const int64_t H = p.layer.H;
-    if (w_ih || b_ih) add(p, cell.gates * H, dgates, d, cell.x_first * H, x, 0, w_ih, b_ih);
-  }
-  void add_hidden(const Problem& p, int64_t d, void* w_hh, void* b_hh) {
-    const int64_t H = p.layer.H, size = dgates.element_size();
-    const auto at = [&](void* result, int64_t values) {
-      return result ? static_cast<char*>(result) + values * size : nullptr;
-    };
-    if (w_hh || b_hh)
-      for_each_hidden_run(*p.cell, [&](int slot, int gate, int count) {
-        add(p, count * H, dgates, d, slot * H, h_prev, d, at(w_hh, gate * H * p.layer.P), at(b_hh, gate * H));
-      });
-  }
-  void add_projection(const Problem& p, int64_t d, void* w_hr) {
-    if (w_hr) add(p, p.layer.P, *dh_out, d, 0, h_raw, d, w_hr, nullptr);
-  }
-
- private:
-  // a: columns [column, column + rows) of left[left_direction], b: right[right_direction]; operands are [D, N,
-  // columns], or a matrix.
-  void add(const Problem& p, int64_t rows, const Tensor& left, int64_t left_direction, int64_t column,
-           const std::optional<Tensor>& right, int64_t right_direction, void* weight, void* bias) {
-    RowSum s;
-    s.rows = rows;
-    s.ld_a = left.size(2);
-    s.a = static_cast<const char*>(left.data_ptr()) + (left_direction * p.N * s.ld_a + column) * left.element_size();
-    if (weight) {
-      s.columns = right->size(right->dim() - 1);
-      s.ld_b = right->stride(right->dim() - 2);
-      s.b = static_cast<const char*>(right->data_ptr()) + right_direction * p.N * s.ld_b * left.element_size();
-    }
-    s.weight = weight;
-    s.bias = bias;
-    sums.push_back(s);
-  }
-};
 
 void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
@@ -382,44 +314,29 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   std::vector<Tensor> results;
   for (size_t i = 0; i < needs.size(); ++i) results.push_back(empty({0}, p.dtype));
   if (needs[0]) {
-    results[0] = p.packed ? empty({p.N, b.I}, p.dtype) : empty_rows(b.T, b.B, b.I, batch_major, p.dtype);
+    b.dx_is_compute = b.D == 2 && p.dtype != p.compute;
+    const int32_t dtype = b.dx_is_compute ? p.compute : p.dtype;
+    results[0] = p.packed ? empty({p.N, b.I}, dtype) : empty_rows(b.T, b.B, b.I, batch_major, dtype);
     const ConstRows rows = rows_of(results[0], p.packed);
     b.dx = {results[0].data_ptr(), rows.step, rows.row};
   }
   if (needs[1]) b.dh0 = (results[1] = empty({b.D, b.B, b.P}, p.dtype)).data_ptr();
   if (needs[2]) b.dc0 = (results[2] = empty({b.D, b.B, b.H}, p.dtype)).data_ptr();
-
-  const auto role_of = [&](size_t k) {
-    return p.projection && k % p.per_direction == p.per_direction - 1 ? 4 : k % p.per_direction;
-  };
-  bool wanted[5] = {};
-  for (size_t k = 0; k < a.weights.size(); ++k) wanted[role_of(k)] |= needs[3 + k];
-  WeightGradients gradients{empty({b.D, p.N, p.cell->slots * b.H}, p.compute), {}, {}, {}, {}, {}};
-  b.dgates = gradients.dgates.data_ptr();
-  const auto operand = [&](bool is_wanted, std::optional<Tensor>& tensor, int64_t columns) {
-    if (!is_wanted) return static_cast<void*>(nullptr);
-    tensor = empty({b.D, p.N, columns}, p.compute);
-    return tensor->data_ptr();
-  };
-  b.h_prev = operand(wanted[1], gradients.h_prev, b.P);
-  b.dh_out = operand(wanted[4], gradients.dh_out, b.P);
-  b.h_raw = operand(wanted[4], gradients.h_raw, b.H);
-  if (b.B) current().backward(b, team());
-
-  if (wanted[0]) gradients.x = input_matrix(p);
-  for (int64_t d = 0; d < b.D; ++d) {
-    void* result[5] = {};
-    for (size_t k = d * p.per_direction; k < (d + 1) * p.per_direction; ++k)
-      if (needs[3 + k]) result[role_of(k)] = (results[3 + k] = empty(sizes_of(a.weights[k]), p.compute)).data_ptr();
-    gradients.add_input(p, d, result[0], result[2]);
-    gradients.add_hidden(p, d, result[1], result[3]);
-    gradients.add_projection(p, d, result[4]);
+  for (size_t k = 0; k < a.weights.size(); ++k) {
+    if (!needs[3 + k]) continue;
+    auto& to = b.gradients[k / p.per_direction];
+    const size_t i = k % p.per_direction;
+    void** places[5] = {&to.w_ih, &to.w_hh, &to.b_ih, &to.b_hh, &to.w_hr};
+    Tensor& result = results[3 + k];
+    result = empty(sizes_of(a.weights[k]), p.compute);
+    *places[p.projection && i == p.per_direction - 1 ? 4 : i] = result.data_ptr();
+    if (!b.B) std::memset(result.data_ptr(), 0, result.numel() * result.element_size());
   }
-  const Dtype compute = b.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
-  current().row_sums(gradients.sums.data(), static_cast<int>(gradients.sums.size()), p.N, compute, team());
+  if (b.B) current().backward(b, team());
   if (p.dtype != p.compute)
-    for (size_t k = 0; k < a.weights.size(); ++k)
-      if (needs[3 + k]) results[3 + k] = stable::to(results[3 + k], p.input.scalar_type());
+    for (size_t k = 0; k < needs.size(); ++k)
+      if (needs[k] && (k >= 3 || (k == 0 && b.dx_is_compute)))
+        results[k] = stable::to(results[k], p.input.scalar_type());
   stack[0] = stable::detail::from(results);
 }
 

@@ -1,8 +1,11 @@
 // What a kernel sees: plain sizes and pointers, no torch. Every pointer is listed with its shape.
 //
 // T steps, B rows (batch), I input features, H hidden units, P width of the state h (proj_size, or H without a
-// projection), D directions, G gates, N stored rows: T*B, or the sum of the batch sizes when packed.
+// projection), D directions, G gates, N stored rows: the steps that really run, T*B unless rows end early.
 // "storage" is the dtype of the caller's tensors; "compute" is double for double and float for everything else.
+//
+// Ragged rows are ranked longest first, so that the rows active at step t are the ranks below a count that never grows
+// with t. Step t of rank r is stored row first_row[t] + r (t * B + r when all rows run all steps): padding has no row.
 #pragma once
 
 #include <cstdint>
@@ -41,8 +44,10 @@ struct Layer {
   Dtype dtype = Dtype::f32;
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
   int D = 1;
-  const int64_t* first_row = nullptr;  // [T + 1] packed: stored row of (t, 0); null when dense: t * B + b
-  const int64_t* lengths = nullptr;    // [B] steps of each row, 0..T; null: T everywhere. Always set when packed
+  bool packed = false;                 // x, y, dy and dx hold stored rows only, in stored order
+  const int64_t* first_row = nullptr;  // [T + 1] stored row of (t, rank 0), and N; null: t * B
+  const int64_t* order = nullptr;      // [B] row of each rank; null: rank = row
+  const int64_t* lengths = nullptr;    // [B] steps of each row, 0..T; null: T everywhere. Set when first_row is
   const bool* reset = nullptr;         // element (t, b) at reset[t * reset_step + b * reset_row]; null: none
   int64_t reset_step = 0, reset_row = 0;
   ConstRows x;               // [T, B, I] storage
@@ -60,6 +65,10 @@ struct Forward : Layer {
   void* tape = nullptr;   // [D, N, tape_width] compute, or null: what backward needs (cells.h says what)
 };
 
+// Blocks of the tape begin at multiples of this many values, whatever the instruction set, so that no vector is cut.
+constexpr int64_t tape_block = 16;
+constexpr int64_t padded_to_tape_block(int64_t n) { return (n + tape_block - 1) / tape_block * tape_block; }
+
 struct Backward : Layer {
   const void* tape = nullptr;    // [D, N, tape_width] compute
   ConstRows dy;                  // [T, B, D*P] storage; data null: zero
@@ -68,13 +77,17 @@ struct Backward : Layer {
   const void* dh_all = nullptr;  // [D, T, B, P] storage; null: zero
   const void* dc_all = nullptr;  // [D, T, B, H] storage; null: zero
   Rows dx;                       // [T, B, I] storage; data null: not wanted
+  bool dx_is_compute = false;    // dx is of the compute dtype: two directions add up in it
   void* dh0 = nullptr;           // [D, B, P] storage; null: not wanted
   void* dc0 = nullptr;           // [D, B, H] storage; null: not wanted
-  // Operands of the weight gradients (RowSum), compute dtype, contiguous. Rows past a length are zero.
-  void* dgates = nullptr;  // [D, N, slots*H] gradient of the pre-activations, always written
-  void* h_prev = nullptr;  // [D, N, P] the state that entered each step; null: not wanted
-  void* dh_out = nullptr;  // [D, N, P] gradient of the projected state; projection only; null: not wanted
-  void* h_raw = nullptr;   // [D, N, H] o * tanh(c), before the projection; projection only; null: not wanted
+  // Compute dtype, contiguous, torch's gate order; null: not wanted.
+  struct {
+    void* w_ih = nullptr;  // [G*H, I]
+    void* w_hh = nullptr;  // [G*H, P]
+    void* b_ih = nullptr;  // [G*H]
+    void* b_hh = nullptr;  // [G*H]
+    void* w_hr = nullptr;  // [P, H]
+  } gradients[2];
 };
 
 // How a cell's pre-activations are laid out (cells.h): `slots` blocks of H columns. The recurrent product feeds the
@@ -87,28 +100,19 @@ struct CellTraits {
   int slots;
   int x_first;
   int hidden_gate[4];
-  int tape;  // blocks of H columns on the tape; with a projection, P more columns hold the projected state
+  int tape;  // blocks of H columns on the tape; with a projection, a block of P more holds the projected state
   bool has_c;
 };
 
 const CellTraits& traits(CellKind kind);
 
-// The gradients of a weight and its bias as sums over the N stored rows, compute dtype, for i < rows, j < columns:
-//   weight[i * columns + j] = sum over n of a[n * ld_a + i] * b[n * ld_b + j]
-//   bias[i] = sum over n of a[n * ld_a + i]
-// Either result may be null: not wanted.
-struct RowSum {
-  int64_t rows = 0, columns = 0;
-  const void* a = nullptr;
-  int64_t ld_a = 0;
-  const void* b = nullptr;
-  int64_t ld_b = 0;
-  void* weight = nullptr;
-  void* bias = nullptr;
-};
+inline int64_t tape_width(const CellTraits& cell, int64_t H, int64_t P, bool projected) {
+  return cell.tape * padded_to_tape_block(H) + (projected ? padded_to_tape_block(P) : 0);
+}
 
-// Who does the work: size workers, and a way to run body(argument, begin, end) over [0, n). One call may be handed
-// several items, or all of them.
+// Who does the work: size threads, and a way to run body(argument, begin, end) over [0, n). One call may be handed
+// several items, or all of them; the calls for different items run at the same time, so that items may wait for each
+// other (a call that was handed several advances them together).
 struct Team {
   int size = 1;
   void (*run)(void* context, int64_t n, void (*body)(void*, int64_t, int64_t), void* argument) = nullptr;

@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/plan.h"
+#include "cpu/workspace.h"
 #include "problem.h"
 
 // Absent from torch 2.11 and 2.12, and from an OpenMP-less torch: null then.
@@ -111,19 +113,33 @@ Tensor empty(const Sizes& sizes, int32_t dtype) {
   return empty_strided(sizes, strides, dtype);
 }
 
+// The same in memory that is used again: for a tape, which is large and short-lived.
+Tensor empty_block(const Sizes& sizes, int32_t dtype, int64_t element_size) {
+  constexpr int64_t worthwhile = 64 * 1024;
+  int64_t values = 1;
+  Sizes strides(sizes.size());
+  for (size_t i = sizes.size(); i-- > 0; values *= std::max<int64_t>(sizes[i], 1)) strides[i] = values;
+  if (values * element_size < worthwhile) return empty_strided(sizes, strides, dtype);
+  void* block;
+  try {
+    block = take_block(static_cast<size_t>(values * element_size));
+  } catch (const std::bad_alloc&) {
+    return empty_strided(sizes, strides, dtype);  // torch's own words
+  }
+  AtenTensorHandle handle;
+  const AOTITorchError code = torch_from_blob(
+      block, sizes.size(), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { give_block(data); }, nullptr);
+  if (code != TORCH_SUCCESS) give_block(block);
+  succeed(code, "making a tensor of the tape");
+  return Tensor(handle);
+}
+
 // [T, B, C], laid out as [B, T, C] when batch_major.
 Tensor empty_rows(int64_t T, int64_t B, int64_t C, bool batch_major, int32_t dtype) {
   if (!batch_major) return empty({T, B, C}, dtype);
   const int64_t row = std::max<int64_t>(C, 1);
   return empty_strided({T, B, C}, {row, std::max<int64_t>(T, 1) * row, 1}, dtype);
-}
-
-// A view of t's memory; the shim counts the offset from t's first element.
-Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t offset) {
-  AtenTensorHandle handle;
-  succeed(aoti_torch__reinterpret_tensor(t.get(), sizes.size(), sizes.data(), strides.data(), offset, &handle),
-          "taking a view");
-  return Tensor(handle);
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : stable::contiguous(t); }
@@ -153,7 +169,9 @@ void run_parallel(void*, int64_t n, void (*body)(void*, int64_t, int64_t), void*
 // torch's pool; one worker inside somebody's parallel region and in a forked child, where the pool's threads are gone.
 Team team() {
   if (forked || (omp_in_parallel && omp_in_parallel())) return {1, run_serial, nullptr};
-  const int threads = static_cast<int>(stable::get_num_threads());
+  // Workers wait for each other: without OpenMP nobody promises that they run at the same time.
+  if (!omp_in_parallel) return {1, run_serial, nullptr};
+  const int threads = std::min(static_cast<int>(stable::get_num_threads()), cpu_quota());
   return {threads, threads > 1 ? run_parallel : run_serial, nullptr};
 }
 

@@ -160,7 +160,8 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
     none = input.new_empty
     has_c = traits["has_c"]
     tape_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    width = traits["tape"] * H + (P if projection else 0)
+    padded = [(n + 15) // 16 * 16 for n in (H, P)]  # problem.h: padded_to_tape_block
+    width = traits["tape"] * padded[0] + (padded[1] if projection else 0)
     return (
         output,
         input.new_empty(D, B, P),

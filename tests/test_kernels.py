@@ -36,6 +36,7 @@ def drivers(tmp_path_factory):
     compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-pthread", "-w"]
     rest = [
         CSRC / "cpu" / "workspace.cpp",
+        CSRC / "cpu" / "plan.cpp",
         CSRC / "cpu" / "dispatch.cpp",
         Path(__file__).parent / "csrc" / "driver.cpp",
     ]
@@ -69,10 +70,8 @@ def drivers(tmp_path_factory):
     [
         ("address", ["layers", "120"]),
         ("address", ["gradient", "60"]),
-        ("address", ["row_sums", "60"]),
         ("address", ["ulp", "40009"]),
         ("thread", ["layers", "40"]),
-        ("thread", ["row_sums", "30"]),
     ],
 )
 def test_driver(drivers, sanitizer, arguments):

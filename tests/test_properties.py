@@ -133,7 +133,7 @@ def test_lengths_and_reset_act_row_by_row(network, data):
                 lengths=lengths[rows], reset=reset[:, rows], all_states=True,
             )  # fmt: skip
             for a, c in zip(together, tensors_in(one), strict=True):
-                assert a[..., rows, :].equal(c)
+                assert_same(a[..., rows, :], c, T == 1 and B > 4)  # one step of few rows is summed in another order
 
 
 @given(networks(), st.data())

@@ -1,10 +1,14 @@
-// Back-propagation through time for one layer: a slice of rows runs through all steps of one direction in reverse
-// order, carrying dh and dc; then dx for all stored rows at once. The weight gradients are sums over all steps
-// (row_sums.h): this pass leaves their operands (Backward::dgates, h_prev, dh_out, h_raw).
+// Back-propagation through time for one layer.
 //
-// Per step: dh += dy; through the projection, if any; through the cell, which gives the gradient of its
-// pre-activations; and dh = what bypasses the recurrent product + dgates W_hh. States are read back from the tape; the
-// LSTM's h is o tanh(c) again. Where a reset cut the state, the carries become zero.
+// Step by step, in reverse: the gradient of h that enters a step is dy plus the recurrent product of the dgates of the
+// step before (in processing order); the product of a group of hidden units is summed in registers, the cell's backward
+// applied to it there, and the new dgates written once, in blocks. States are read back from the tape; the LSTM's h is
+// o tanh(c) again. Where a reset cut the state, no gradient crosses.
+//
+// The dgates of a chunk of steps, with the operands they are to be multiplied by, lie in a bounded buffer. When the
+// recurrence has run through a chunk, all workers add the chunk's share to the weight gradients and compute its dx
+// (gradients.h). Two buffers take turns: one chunk's recurrence needs the last dgates of the chunk before, and may
+// begin while others still read that.
 
 template <class Cell, class V>
 struct BackwardPass {
@@ -12,97 +16,155 @@ struct BackwardPass {
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
   // The tape's last block holds c for the LSTM, h for the others.
   static constexpr int state_block = Cell::tape - 1;
+  static constexpr int64_t chunk_rows = 256;
 
   const Backward& p;
-  const Storage<T> storage;
-  const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, Pp = round_up(p.P, W);
+  const Storage<V> storage{p.dtype};
+  const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, out_blocks = ceil_div(p.P, W), Pp = out_blocks * W;
+  const int64_t in_blocks = ceil_div(p.I, W), N = stored_rows(p), tape_h = padded_to_tape_block(p.H);
   const bool projected = p.weights[0].w_hr != nullptr;
-  const int64_t tape_width = Cell::tape * p.H + (projected ? p.P : 0);
-  const int64_t N = stored_rows(p);
+  const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
+  Split split;
   Packed<V, 1> w_hh[2];  // [G*H, P] for the dh chain
   Packed<V, 1> w_ih[2];  // [G*H, I] for dx
   Packed<V, 1> w_hr[2];  // [P, H]
   T* none;               // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
   bool once;             // one step of few rows: every group of the weights is used once, and packed there and then
-  Slices slices;
-  char* work;
-  int64_t work_size;
+  int64_t chunks;
+  int64_t* chunk_begin;  // [chunks + 1] first step of each
+  int64_t R;             // rows of the largest chunk
+  int64_t longest;       // rows of the largest slice
 
-  BackwardPass(const Backward& backward) : p(backward), storage(storage_of<T>(backward.dtype)) {}
-
-  static constexpr int64_t dx_rows = 48;  // rows of dx per piece of work
-
-  struct Work {
-    T *dh, *dh_cell, *dc, *dgates, *h0, *c0, *row, *panel;
-    const T **h_prev, **c_prev;
-    explicit Work(const BackwardPass& f, Carve& carve) {
-      const int64_t n = f.slices.longest;
-      dh = carve.take<T>(n * f.Pp);
-      dh_cell = f.projected ? carve.take<T>(n * f.Hp) : dh;
-      dc = carve.take<T>(Cell::has_c ? n * f.Hp : 0);
-      dgates = carve.take<T>(n * S * f.p.H);
-      h0 = carve.take<T>(n * f.Pp);
-      c0 = carve.take<T>(Cell::has_c ? n * f.Hp : 0);
-      row = carve.take<T>(larger(f.Hp, f.Pp));
-      panel = carve.take<T>(f.panel_size);
-      h_prev = carve.take<const T*>(n);
-      c_prev = carve.take<const T*>(n);
-    }
+  // What a chunk leaves for the gradients. Absent pieces are not wanted.
+  struct Buffer {
+    T* dgates;  // [S * blocks][R][W]
+    T* h_prev;  // [out_blocks][R][W] the state that entered each step
+    T* x;       // [in_blocks][R][W]
+    T* dh_out;  // [out_blocks][R][W] gradient of the projected state
+    T* h_raw;   // [blocks][R][W] o tanh(c), before the projection
   };
 
+  // Of one slice in one direction, shared by its parts.
+  struct State {
+    T* dh;      // [rows][Pp] with a projection: gradient of the projected state
+    T* bypass;  // [rows][Hp] what went past the recurrent product
+    T* dc;      // [rows][Hp]
+    T* dh_n;    // [rows][Pp]
+    T* h0;      // [rows][Pp]
+    T* c0;      // [rows][Hp]
+  };
+
+  // A row at the step being worked on.
+  struct Row {
+    const T* tape;
+    const T* before;   // tape of the step whose state entered; null: that was h0, or zero
+    const T* h_first;  // where `before` is null
+    const T* c_first;
+    const char* dy;
+    bool cut;      // no gradient goes on from this step
+    bool was_cut;  // none came from the one before
+    bool last;     // none goes on because the row began here
+  };
+
+  struct Worker {
+    Slice slice;
+    State* states;  // [D]
+    int part;
+    int64_t first, last;          // its blocks of hidden units
+    int64_t first_out, last_out;  // its blocks of the state h
+    Row* rows;
+    char** dx;  // [R]
+    T* panel;
+    bool idle;
+  };
+
+  explicit BackwardPass(const Backward& backward) : p(backward) {}
+
   void run(const Team& team) {
-    const int count = slice_count(p, traits_of<Cell>(), team.size);
-    const int64_t dx_pieces = p.dx.data ? ceil_div(N, dx_rows) : 0;
-    plan(count, team.size, nullptr);
-    char* memory = static_cast<char*>(workspace(size_t(layout_size)));
-    plan(count, team.size, memory);
+    split = choose_split(p, traits_of<Cell>(), team.size, W, int(sizeof(T)), Packed<V, 1>::U);
+    Workspace workspace;
+    lay_out(nullptr);
+    lay_out(static_cast<char*>(workspace.reserve(size_t(layout_size))));
     zero(none, larger(Hp, Pp));
-    Team used = team;
-    if (int64_t(p.D) * count == 1) used.size = 1;  // too little work to share
-    pack_weights(used);
-    run_team(used, int64_t(p.D) * count, [&](int64_t begin, int64_t end) {
-      for (int64_t job = begin; job < end; ++job) run_slice(int(job / slices.count), int(job % slices.count));
-    });
-    const int64_t shares = smaller(used.size, dx_pieces);
-    run_team(used, shares, [&](int64_t begin, int64_t end) {
-      for (int64_t share = begin; share < end; ++share)
-        for (int64_t piece = dx_pieces * share / shares; piece < dx_pieces * (share + 1) / shares; ++piece)
-          input_gradient(piece * dx_rows, smaller((piece + 1) * dx_rows, N), dx_work + share * dx_rows * Ip,
-                         dx_panel + share * panel_size);
-    });
-    trim_workspace();
+    run_team(team, split.workers, [&](int64_t begin, int64_t end) { work(begin, end); });
   }
 
  private:
-  const int64_t Ip = round_up(p.I, W);
   int64_t layout_size = 0;
-  T* dx_work = nullptr;   // [team][dx_rows][Ip]
-  T* dx_panel = nullptr;  // [team][panel_size]
-  int64_t panel_size = 0;
+  Buffer* buffers = nullptr;  // [D][2]
+  State* states = nullptr;    // [slices][D]
+  Worker* workers = nullptr;
+  Barrier* barriers = nullptr;
 
-  void plan(int count, int team_size, char* memory) {
+  bool wants_hidden(int d) const { return p.gradients[d].w_hh != nullptr; }
+
+  void lay_out(char* memory) {
     Carve carve{memory};
-    void* cut = carve.take<char>(int64_t(slices_size(p, count)));
-    if (memory)
-      slices = cut_slices(p, count, cut);
-    else
-      slices.count = count, slices.longest = ceil_div(p.B, count);
+    longest = ceil_div(p.B, split.slices);
+    chunk_begin = carve.take<int64_t>(p.T + 1);
+    chunks = 0;
+    R = 0;
+    for (int64_t begin = 0, t = 0; t < p.T; ++t) {  // whole steps, as many as fit, at least one
+      if (t == begin && memory) chunk_begin[chunks] = begin;
+      const int64_t rows = stored_row(p, t + 1) - stored_row(p, begin);
+      if (t + 1 < p.T && rows + active_rows(p, t + 1) <= chunk_rows) continue;
+      R = larger(R, rows);
+      begin = t + 1;
+      ++chunks;
+    }
+    if (memory) chunk_begin[chunks] = p.T;
     const int64_t K = G * p.H;
-    once = p.T == 1 && N <= dx_rows;
-    panel_size = once ? K * group_vectors * W : 0;
+    once = p.T == 1 && split.workers == 1 && N <= 48;
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
     for (int d = 0; d < p.D; ++d) {
-      w_hh[d] = {matrix(Packed<V, 1>::count(K, p.P)), K, ceil_div(p.P, W)};
-      if (p.dx.data) w_ih[d] = {matrix(Packed<V, 1>::count(K, p.I)), K, ceil_div(p.I, W)};
-      if (projected) w_hr[d] = {matrix(Packed<V, 1>::count(p.P, p.H)), p.P, ceil_div(p.H, W)};
+      w_hh[d] = {matrix(Packed<V, 1>::count(K, p.P)), K, out_blocks};
+      w_ih[d] = {p.dx.data ? matrix(Packed<V, 1>::count(K, p.I)) : nullptr, K, in_blocks};
+      w_hr[d] = {projected ? matrix(Packed<V, 1>::count(p.P, p.H)) : nullptr, p.P, blocks};
     }
-    dx_panel = carve.take<T>(p.dx.data ? larger(team_size, 1) * panel_size : 0);
     none = carve.take<T>(larger(Hp, Pp));
-    dx_work = carve.take<T>(p.dx.data ? larger(team_size, 1) * dx_rows * Ip : 0);
-    Carve one{nullptr};
-    Work sized(*this, one);
-    work_size = one.used;
-    work = carve.take<char>(work_size * p.D * count);
+    buffers = carve.take<Buffer>(2 * p.D);
+    for (int i = 0; i < 2 * p.D; ++i) {
+      const auto& wanted = p.gradients[i / 2];
+      const auto piece = [&](bool is_wanted, int64_t columns) {
+        return is_wanted && (i % 2 == 0 || chunks > 1) ? carve.take<T>(columns * R * W) : nullptr;
+      };
+      Buffer b;
+      b.dgates = piece(true, S * blocks);
+      b.h_prev = piece(wanted.w_hh, out_blocks);
+      b.x = piece(wanted.w_ih, in_blocks);
+      b.dh_out = piece(wanted.w_hr, out_blocks);
+      b.h_raw = piece(wanted.w_hr, blocks);
+      if (memory) buffers[i] = b;
+    }
+    barriers = carve.take<Barrier>(1 + split.directions * split.slices);
+    if (memory) zero(barriers, 1 + split.directions * split.slices);
+    states = carve.take<State>(int64_t(split.slices) * p.D);
+    for (int i = 0; i < split.slices * p.D; ++i) {
+      State s;
+      s.dh = carve.take<T>(projected ? longest * Pp : 0);
+      s.bypass = carve.take<T>(Cell::bypass ? longest * Hp : 0);
+      s.dc = carve.take<T>(Cell::has_c ? longest * Hp : 0);
+      s.dh_n = carve.take<T>(longest * Pp);
+      s.h0 = carve.take<T>(longest * Pp);
+      s.c0 = carve.take<T>(Cell::has_c ? longest * Hp : 0);
+      if (memory) states[i] = s;
+    }
+    workers = carve.take<Worker>(split.workers);
+    for (int i = 0; i < split.workers; ++i) {
+      const Place place(split, i);
+      Worker w{
+          Slice(p, split.slices, place.slice), nullptr, place.part, 0, 0, 0, 0, nullptr, nullptr, nullptr, place.idle};
+      w.first_out = first_block(w_hh[0], place.part, split.parts);
+      w.last_out = first_block(w_hh[0], place.part + 1, split.parts);
+      w.first = projected ? first_block(w_hr[0], place.part, split.parts) : w.first_out;
+      w.last = projected ? first_block(w_hr[0], place.part + 1, split.parts) : w.last_out;
+      w.rows = carve.take<Row>(longest);
+      w.dx = carve.take<char*>(p.dx.data ? R : 0);
+      w.panel = carve.take<T>(once ? larger(K, p.P) * group_vectors * W : 0);
+      if (!memory) continue;
+      w.states = states + place.slice * p.D;
+      workers[i] = w;
+    }
     layout_size = carve.used;
   }
 
@@ -113,248 +175,363 @@ struct BackwardPass {
   Source source_ih(int d) const { return {p.weights[d].w_ih, p.I, p.I, p.H, false, {0, 1, 2, 3}}; }
   Source source_hr(int d) const { return {p.weights[d].w_hr, p.H, p.H, p.P, false, {0, 0, 0, 0}}; }
 
-  void pack_weights(const Team& team) {
-    if (once) return;
-    const int64_t hh = group_count(w_hh[0]);
-    const int64_t ih = p.dx.data ? group_count(w_ih[0]) : 0;
-    const int64_t hr = projected ? group_count(w_hr[0]) : 0;
-    const int64_t all = (hh + ih + hr) * p.D;
-    T* const unused = nullptr;
-    run_team(team, all, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int d = int(i / (hh + ih + hr));
-        const int64_t g = i % (hh + ih + hr);
-        if (g < hh)
-          pack(w_hh[d], source_hh(d), storage, g, unused);
-        else if (g < hh + ih)
-          pack(w_ih[d], source_ih(d), storage, g - hh, unused);
+  // ------------------------------------------------------------------------------------------------- order of events
+
+  int direction(int64_t w, int round) const { return split.directions == 2 ? Place(split, w).direction : round; }
+  // The chunk that direction d works on k-th, and its steps in order of processing.
+  int64_t chunk(int d, int64_t k) const { return d ? k : chunks - 1 - k; }
+  int64_t steps(int d, int64_t k) const { return chunk_begin[chunk(d, k) + 1] - chunk_begin[chunk(d, k)]; }
+  int64_t step(int d, int64_t k, int64_t i) const {
+    return d ? chunk_begin[chunk(d, k)] + i : chunk_begin[chunk(d, k) + 1] - 1 - i;
+  }
+
+  void work(int64_t begin, int64_t end) {
+    const Meeting meet{barriers, split};
+    for (int64_t w = begin; w < end; ++w) prepare(w);
+    meet.everyone(begin, end);
+    const int64_t recurrent = smaller(end, split.recurrent());
+    for (int round = 0; round < p.D / split.directions; ++round) {
+      for (int64_t k = 0; k < chunks; ++k) {
+        for (int64_t w = begin; w < end; ++w) gather_x(w, round, k);
+        if (split.parts == 1)
+          for (int64_t w = begin; w < recurrent; ++w) {
+            const int d = direction(w, round);
+            for (int64_t i = 0; i < steps(d, k); ++i) {
+              carry(workers[w], d, k, step(d, k, i));
+              if (projected) through_projection(workers[w], d, k, step(d, k, i));
+            }
+          }
         else
-          pack(w_hr[d], source_hr(d), storage, g - hh - ih, unused);
+          in_step(begin, end, round, k, meet);
+        meet.everyone(begin, end);
+        for (int64_t w = begin; w < end; ++w) reduce(w, round, k);
       }
+      if (p.dh0)
+        for (int64_t w = begin; w < recurrent; ++w) {
+          const int d = direction(w, round);
+          carry(workers[w], d, chunks, d ? p.T : -1);
+        }
+    }
+  }
+
+  // One chunk, where the parts of a slice meet after each step. All threads count the same steps, also for a direction
+  // whose chunk has fewer.
+  void in_step(int64_t begin, int64_t end, int round, int64_t k, const Meeting& meet) {
+    const int64_t recurrent = smaller(end, split.recurrent());
+    int64_t most = steps(round, k);
+    for (int d = 0; d < split.directions; ++d) most = larger(most, steps(d, k));
+    for (int64_t i = 0; i < most; ++i)
+      for (int phase = 0; phase < (projected ? 2 : 1); ++phase) {
+        for (int64_t w = begin; w < recurrent; ++w) {
+          const int d = direction(w, round);
+          if (i >= steps(d, k)) continue;
+          if (phase == 0)
+            carry(workers[w], d, k, step(d, k, i));
+          else
+            through_projection(workers[w], d, k, step(d, k, i));
+        }
+        meet.parts(begin, end);
+      }
+  }
+
+  // Packs this worker's share of the weights, loads its share of the states, clears its share of the padding.
+  void prepare(int64_t worker) {
+    const Place place(split, worker);
+    const Worker& w = workers[worker];
+    T* const unused = nullptr;
+    for (int d = 0; d < p.D; ++d) {
+      if (p.dx.data && !once) {
+        const int64_t groups = group_count(w_ih[d]);
+        for (int64_t g = share_of(groups, worker, split.workers); g < share_of(groups, worker + 1, split.workers); ++g)
+          pack(w_ih[d], source_ih(d), storage, g, unused);
+      }
+      if (w.idle || (split.directions == 2 && d != place.direction)) continue;
+      if (!once) {
+        pack_share(w_hh[d], source_hh(d), place);
+        if (projected) pack_share(w_hr[d], source_hr(d), place);
+      }
+      for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
+    }
+    if (p.dx.data && p.lengths && !p.packed)
+      for (int64_t b = share_of(p.B, worker, split.workers); b < share_of(p.B, worker + 1, split.workers); ++b)
+        for (int64_t t = p.lengths[b]; t < p.T; ++t) __builtin_memset(dx_row(t, b), 0, size_t(p.I) * dx_size());
+  }
+
+  void pack_share(const Packed<V, 1>& m, const Source& source, const Place& place) {
+    const int64_t groups = group_count(m);
+    const int64_t begin = share_of(groups, place.part, split.parts),
+                  end = share_of(groups, place.part + 1, split.parts);
+    T* const unused = nullptr;
+    for (int64_t g = begin + share_of(end - begin, place.slice, split.slices);
+         g < begin + share_of(end - begin, place.slice + 1, split.slices); ++g)
+      pack(m, source, storage, g, unused);
+  }
+
+  void load_states(const Worker& w, int d, int64_t i) {
+    const State& s = w.states[d];
+    const int64_t b = row_of(p, w.slice.rank(i));
+    load_row(p, storage, p.dh_n, d, b, p.P, Pp, s.dh_n + i * Pp);
+    load_row(p, storage, p.h0, d, b, p.P, Pp, s.h0 + i * Pp);
+    if (Cell::has_c) {
+      load_row(p, storage, p.dc_n, d, b, p.H, Hp, s.dc + i * Hp);
+      load_row(p, storage, p.c0, d, b, p.H, Hp, s.c0 + i * Hp);
+    }
+    if (length_of(p, b)) return;  // no step will write their gradients
+    if (p.dh0) storage.narrow(s.dh_n + i * Pp, bytes(p.dh0) + (d * p.B + b) * p.P * storage.size, p.P);
+    if (Cell::has_c && p.dc0) storage.narrow(s.dc + i * Hp, bytes(p.dc0) + (d * p.B + b) * p.H * storage.size, p.H);
+  }
+
+  // ------------------------------------------------------------------------------------------------------- one step
+
+  const T* tape_at(int d, int64_t t, int64_t rank) const {
+    return static_cast<const T*>(p.tape) + (d * N + stored_row(p, t) + rank) * tape_row;
+  }
+  // The row of the buffer that holds rank 0 of step t of a chunk.
+  int64_t buffer_row(int64_t c, int64_t t) const { return stored_row(p, t) - stored_row(p, chunk_begin[c]); }
+
+  struct Step {
+    int d;
+    int64_t t, now, row;  // active rows; the buffer's row of the slice's first row
+    const Buffer& buffer;
+    const State& state;
+  };
+  Step step_at(const Worker& w, int d, int64_t k, int64_t t) const {
+    const bool beyond = k == chunks;
+    return {d,
+            t,
+            beyond ? 0 : w.slice.active(p, t),
+            beyond ? 0 : buffer_row(chunk(d, k), t) + w.slice.base,
+            buffers[2 * d + (k & 1)],
+            w.states[d]};
+  }
+
+  // dh of step t: the recurrent product of the dgates of the step before, and on through the cell, unless a projection
+  // comes between. With t before the first or past the last step: only what goes to h0.
+  void carry(Worker& w, int d, int64_t k, int64_t t) {
+    const Step s = step_at(w, d, k, t);
+    const int64_t from = d ? t - 1 : t + 1;
+    const bool any = from >= 0 && from < p.T;
+    const int64_t carried = any ? w.slice.active(p, from) : 0;
+    find_rows(w, s, from, carried);
+    const T* dgates = nullptr;
+    if (carried) {
+      const int64_t in =
+          k < chunks && from >= chunk_begin[chunk(d, k)] && from < chunk_begin[chunk(d, k) + 1] ? k : k - 1;
+      dgates = buffers[2 * d + (in & 1)].dgates + (buffer_row(chunk(d, in), from) + w.slice.base) * W;
+    }
+    over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
+      constexpr int U = decltype(u)::value;
+      const T* group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+      over_even_rows<tile_rows>(0, carried, [&](auto m, int64_t i) {
+        constexpr int M = decltype(m)::value;
+        V sum[M][U];
+        product_of_blocks(sum, dgates + i * w.slice.step * W, w.slice.step * W, R * W, group, G, p.H);
+        for (int r = 0; r < M; ++r)
+          for (int v = 0; v < U; ++v) {
+            const int64_t unit = (block + v) * W;
+            V dh = sum[r][v];
+            if (Cell::bypass) dh = dh + V::load(s.state.bypass + (i + r) * Hp + unit);
+            if (w.rows[i + r].was_cut) dh = V::set(0);
+            if (i + r < s.now)
+              receive(w, s, i + r, block + v, dh);
+            else if (p.dh0)
+              Storage<V>::store(storage, dh,
+                                bytes(p.dh0) + ((d * p.B + row_of(p, w.slice.rank(i + r))) * p.P + unit) * storage.size,
+                                p.P - unit);
+          }
+      });
+      for (int64_t i = carried; i < s.now; ++i)  // rows whose last step this is
+        for (int v = 0; v < U; ++v) receive(w, s, i, block + v, V::load(s.state.dh_n + i * Pp + (block + v) * W));
     });
   }
 
-  const T* tape_row(int d, int64_t t, int64_t b) const {
-    return static_cast<const T*>(p.tape) + (d * N + stored_row(p, t, b)) * tape_width;
-  }
-  // Row (t, b) of a [D, N, width] operand.
-  T* operand(void* data, int d, int64_t t, int64_t b, int64_t width) const {
-    return static_cast<T*>(data) + (d * N + stored_row(p, t, b)) * width;
-  }
-
-  void run_slice(int d, int s) {
-    Carve carve{work + (int64_t(d) * slices.count + s) * work_size};
-    const Work w(*this, carve);
-    const int64_t* order = slices.order + slices.first[s];
-    const int64_t n = slices.first[s + 1] - slices.first[s];
-    if (n == 0) return;
-
-    load_state(p, storage, p.dh_n, d, order, n, p.P, Pp, w.dh);
-    load_state(p, storage, p.h0, d, order, n, p.P, Pp, w.h0);
-    if (Cell::has_c) {
-      load_state(p, storage, p.dc_n, d, order, n, p.H, Hp, w.dc);
-      load_state(p, storage, p.c0, d, order, n, p.H, Hp, w.c0);
-    }
-    Active active(p, order, n);
-    for (int64_t q = 0; q < p.T; ++q) {
-      const int64_t t = d ? q : p.T - 1 - q;
-      const int64_t now = active.at(t);
-      add_output_gradient(w, d, t, order, now);
-      find_previous(w, d, t, order, now);
-      if (projected) project_gradient(w, d, now);
-      for (int64_t i = 0; i < now; ++i) cell_gradient(w, d, t, order, i);
-      if (q + 1 < p.T || p.dh0) carry(w, d, now);
-      cut(w, d, t, order, now);
-      clear_inactive(d, t, order, now, n);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      if (p.dh0) storage.narrow(w.dh + i * Pp, bytes(p.dh0) + (d * p.B + order[i]) * p.P * storage.size, p.P);
-      if (Cell::has_c && p.dc0)
-        storage.narrow(w.dc + i * Hp, bytes(p.dc0) + (d * p.B + order[i]) * p.H * storage.size, p.H);
+  // What this step's rows read, and what became of the gradient they get.
+  void find_rows(Worker& w, const Step& s, int64_t from, int64_t carried) {
+    const int d = s.d;
+    for (int64_t i = 0; i < larger(s.now, carried); ++i) {
+      Row& row = w.rows[i];
+      const int64_t rank = w.slice.rank(i), b = row_of(p, rank), t = s.t;
+      row.was_cut = i < carried && is_cut(p, d, from, b);
+      if (i >= s.now) continue;
+      row.cut = is_cut(p, d, t, b);
+      row.last = d ? t + 1 == length_of(p, b) : t == 0;
+      row.tape = tape_at(d, t, rank);
+      row.before = row.cut || row.last ? nullptr : tape_at(d, d ? t + 1 : t - 1, rank);
+      row.h_first = row.cut ? none : s.state.h0 + i * Pp;
+      row.c_first = row.cut || !Cell::has_c ? none : s.state.c0 + i * Hp;
+      row.dy = p.dy.data ? bytes(p.dy.data) + (row_offset(p, p.dy, t, b) + d * p.P) * storage.size : nullptr;
     }
   }
 
-  // to[0, n) += from[0, n), through the padded scratch row.
-  void add(const Work& w, const char* from, T* to, int64_t n) {
-    storage.widen(from, w.row, n);
-    for (int64_t j = 0; j < n; j += W) (V::load(to + j) + V::load(w.row + j)).store(to + j);
-  }
-
-  void add_output_gradient(const Work& w, int d, int64_t t, const int64_t* order, int64_t now) {
-    zero(w.row, larger(Hp, Pp));
-    for (int64_t i = 0; i < now; ++i) {
-      const int64_t b = order[i], padded_row = (d * p.T + t) * p.B + b;
-      if (p.dy.data)
-        add(w, bytes(p.dy.data) + (row_offset(p, p.dy, t, b) + d * p.P) * storage.size, w.dh + i * Pp, p.P);
-      if (p.dh_all) add(w, bytes(p.dh_all) + padded_row * p.P * storage.size, w.dh + i * Pp, p.P);
+  // Adds what came from outside to the gradient of h; then through the cell, or into the buffer before the projection.
+  FASTRNN_MEMBER void receive(const Worker& w, const Step& s, int64_t i, int64_t block, V dh) const {
+    const Row& row = w.rows[i];
+    const int64_t unit = block * W, n = p.P - unit;
+    if (row.dy) dh = dh + Storage<V>::load(storage, row.dy + unit * storage.size, n);
+    if (p.dh_all) dh = dh + load_state_gradient(p.dh_all, w, s, i, p.P, unit);
+    if (!projected) {
+      through_cell(w, s, i, block, dh);
+      return;
     }
-    if (p.dc_all == nullptr) return;
-    zero(w.row, larger(Hp, Pp));
-    for (int64_t i = 0; i < now; ++i)
-      add(w, bytes(p.dc_all) + ((d * p.T + t) * p.B + order[i]) * p.H * storage.size, w.dc + i * Hp, p.H);
+    const int64_t at = s.row + i * w.slice.step;
+    dh.store(s.state.dh + i * Pp + unit);
+    if (s.buffer.dh_out) dh.store(s.buffer.dh_out + (block * R + at) * W);
+    if (s.buffer.h_prev)
+      V::load((row.before ? row.before + Cell::tape * tape_h : row.h_first) + unit)
+          .store(s.buffer.h_prev + (block * R + at) * W);
   }
 
-  // The states that entered step t: from the tape of the step before, from hx, or zero after a cut.
-  void find_previous(const Work& w, int d, int64_t t, const int64_t* order, int64_t now) {
-    for (int64_t i = 0; i < now; ++i) {
-      const int64_t b = order[i], before = d ? t + 1 : t - 1;
-      const bool zeroed = is_cut(p, d, t, b);
-      const bool first = d ? before == length_of(p, b) : before < 0;
-      const T* tape = zeroed || first ? nullptr : tape_row(d, before, b);
-      if (Cell::has_c) w.c_prev[i] = zeroed ? none : first ? w.c0 + i * Hp : tape + state_block * p.H;
-      const bool recomputed = Cell::has_c && !projected;  // h is not on the tape
-      w.h_prev[i] = zeroed       ? none
-                    : first      ? w.h0 + i * Pp
-                    : projected  ? tape + Cell::tape * p.H
-                    : recomputed ? nullptr
-                                 : tape + state_block * p.H;
-      if (p.h_prev == nullptr) continue;
-      T* to = operand(p.h_prev, d, t, b, p.P);
-      if (w.h_prev[i])
-        store_values(w.h_prev[i], to, p.P);
-      else
-        recompute_h(w, tape, to);
-    }
+  V load_state_gradient(const void* from, const Worker& w, const Step& s, int64_t i, int64_t width,
+                        int64_t unit) const {
+    const int64_t b = row_of(p, w.slice.rank(i));
+    return Storage<V>::load(storage, bytes(from) + (((s.d * p.T + s.t) * p.B + b) * width + unit) * storage.size,
+                            width - unit);
   }
 
-  // h of an LSTM step from its tape, rounded as it was stored.
-  void recompute_h(const Work& w, const T* tape, T* to) {
-    if constexpr (Cell::has_c) {
-      for (int64_t j = 0; j < p.H; j += W) {
-        const int n = int(smaller(W, p.H - j));
-        const V h = load(tape + Cell::O * p.H + j, n) * tanh(load(tape + Cell::C * p.H + j, n));
-        store(h, to + j, n);
-      }
-      if (storage.rounds) {
-        storage.narrow(to, w.row, p.H);
-        storage.widen(w.row, to, p.H);
-        zero(w.row, larger(Hp, Pp));
-      }
-    }
-  }
-
-  FASTRNN_INLINE V load(const T* from, int n) { return n == W ? V::load(from) : V::load(from, n); }
-  FASTRNN_INLINE void store(V x, T* to, int n) {
-    if (n == W)
-      x.store(to);
-    else
-      x.store(to, n);
-  }
-
-  // dh_cell = dh W_hr.
-  void project_gradient(const Work& w, int d, int64_t now) {
-    over_groups<Packed<V, 1>::U, 1>(0, w_hr[d].blocks, [&](auto u, int64_t block) {
+  void through_projection(Worker& w, int d, int64_t k, int64_t t) {
+    const Step s = step_at(w, d, k, t);
+    over_groups<Packed<V, 1>::U>(w.first, w.last, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = group_at(w_hr[d], source_hr(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
-      over_rows<tile_rows>(0, now, [&](auto m, int64_t i) {
+      over_rows<tile_rows>(0, s.now, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
-        product(sum, w.dh + i * Pp, Pp, group, p.P);
+        product(sum, s.state.dh + i * Pp, Pp, group, p.P);
         for (int r = 0; r < M; ++r)
-          for (int v = 0; v < U; ++v) sum[r][v].store(w.dh_cell + (i + r) * Hp + (block + v) * W);
+          for (int v = 0; v < U; ++v) through_cell(w, s, i + r, block + v, sum[r][v]);
       });
     });
   }
 
-  void cell_gradient(const Work& w, int d, int64_t t, const int64_t* order, int64_t i) {
-    const int64_t b = order[i], ld = projected ? Hp : Pp;
-    const T* tape_at = tape_row(d, t, b);
-    T* dgates = operand(p.dgates, d, t, b, S * p.H);
-    if (projected && p.dh_out) store_values(w.dh + i * Pp, operand(p.dh_out, d, t, b, p.P), p.P);
-    T* h_raw = projected && p.h_raw ? operand(p.h_raw, d, t, b, p.H) : nullptr;
-    for (int64_t j = 0; j < p.H; j += W) {
-      const int n = int(smaller(W, p.H - j));
-      V tape[Cell::tape], da[S], h_prev = V::set(0), c_prev = V::set(0), dc = V::set(0);
-      for (int k = 0; k < Cell::tape; ++k) tape[k] = load(tape_at + k * p.H + j, n);
-      if constexpr (Cell::has_c) {
-        c_prev = load(w.c_prev[i] + j, n);
-        dc = V::load(w.dc + i * Hp + j);
-        if (h_raw) store(tape[Cell::O] * tanh(tape[Cell::C]), h_raw + j, n);
-      } else {
-        h_prev = load(w.h_prev[i] + j, n);
-      }
-      V dh = V::load(w.dh_cell + i * ld + j);
-      Cell::backward(tape, h_prev, c_prev, dh, dc, da);
-      dh.store(w.dh_cell + i * ld + j);
-      if (Cell::has_c) dc.store(w.dc + i * Hp + j);
-      for (int s = 0; s < S; ++s) {
-        store(da[s], dgates + s * p.H + j, n);
-        store(da[s], w.dgates + i * S * p.H + s * p.H + j, n);
-      }
+  // h of an LSTM step from its tape, as it was stored.
+  FASTRNN_MEMBER V hidden(const T* tape, int64_t unit) const {
+    if constexpr (Cell::has_c) {
+      const V h = Cell::hidden(V::load(tape + Cell::O * tape_h + unit), V::load(tape + Cell::C * tape_h + unit));
+      if (!storage.rounds || projected) return h;
+      T stored[W];
+      return Storage<V>::store(storage, h, stored, W);
+    }
+    return V::load(tape + state_block * tape_h + unit);
+  }
+
+  FASTRNN_MEMBER void through_cell(const Worker& w, const Step& s, int64_t i, int64_t block, V dh) const {
+    const Row& row = w.rows[i];
+    const int64_t unit = block * W, at = s.row + i * w.slice.step;
+    V tape[Cell::tape], da[S], h_prev = V::set(0), c_prev = V::set(0), dc = V::set(0);
+    for (int k = 0; k < Cell::tape; ++k) tape[k] = V::load(row.tape + k * tape_h + unit);
+    if (Cell::reads_h || (s.buffer.h_prev && !projected))
+      h_prev = row.before ? hidden(row.before, unit) : V::load(row.h_first + unit);
+    if constexpr (Cell::has_c) {
+      c_prev = V::load(row.before ? row.before + state_block * tape_h + unit : row.c_first + unit);
+      dc = V::load(s.state.dc + i * Hp + unit);
+      if (p.dc_all) dc = dc + load_state_gradient(p.dc_all, w, s, i, p.H, unit);
+      if (s.buffer.h_raw) hidden(row.tape, unit).store(s.buffer.h_raw + (block * R + at) * W);
+    }
+    Cell::backward(tape, h_prev, c_prev, dh, dc, da);
+    if (s.buffer.h_prev && !projected) h_prev.store(s.buffer.h_prev + (block * R + at) * W);
+    for (int k = 0; k < S; ++k) da[k].store(s.buffer.dgates + ((k * blocks + block) * R + at) * W);
+    if (Cell::bypass) dh.store(s.state.bypass + i * Hp + unit);
+    if (!Cell::has_c) return;
+    if (row.cut) dc = V::set(0);
+    if (row.last && p.dc0)
+      Storage<V>::store(storage, dc,
+                        bytes(p.dc0) + ((s.d * p.B + row_of(p, w.slice.rank(i))) * p.H + unit) * storage.size,
+                        p.H - unit);
+    dc.store(s.state.dc + i * Hp + unit);
+  }
+
+  // ------------------------------------------------------------------------------------------------- a chunk's
+  // gradients
+
+  int64_t dx_size() const { return p.dx_is_compute ? int64_t(sizeof(T)) : storage.size; }
+  char* dx_row(int64_t t, int64_t b) const { return bytes(p.dx.data) + row_offset(p, p.dx, t, b) * dx_size(); }
+
+  // Calls f(row of the buffer, t, b) for this worker's share of the rows of a chunk.
+  template <class F>
+  void over_chunk_rows(int64_t worker, int64_t c, const F& f) const {
+    const int64_t first = stored_row(p, chunk_begin[c]), all = stored_row(p, chunk_begin[c + 1]) - first;
+    int64_t t = chunk_begin[c], row = share_of(all, worker, split.workers);
+    const int64_t end = share_of(all, worker + 1, split.workers);
+    for (; row < end; ++t)
+      for (int64_t after = stored_row(p, t + 1) - first; row < smaller(end, after); ++row)
+        f(row, t, row_of(p, row - (stored_row(p, t) - first)));
+  }
+
+  // The directions whose k-th chunk is being worked on.
+  int first_direction(int round) const { return split.directions == 2 ? 0 : round; }
+  int end_direction(int round) const { return split.directions == 2 ? 2 : round + 1; }
+
+  void gather_x(int64_t worker, int round, int64_t k) {
+    for (int d = first_direction(round); d < end_direction(round); ++d) {
+      T* to = buffers[2 * d + (k & 1)].x;
+      if (to == nullptr) continue;
+      over_chunk_rows(worker, chunk(d, k), [&](int64_t row, int64_t t, int64_t b) {
+        const char* from = bytes(p.x.data) + row_offset(p, p.x, t, b) * storage.size;
+        for (int64_t j = 0; j < in_blocks; ++j)
+          Storage<V>::load(storage, from + j * W * storage.size, p.I - j * W).store(to + (j * R + row) * W);
+      });
     }
   }
 
-  // dh = the part that bypassed the recurrent product + dgates W_hh.
-  void carry(const Work& w, int d, int64_t now) {
-    over_groups<Packed<V, 1>::U, 1>(0, w_hh[d].blocks, [&](auto u, int64_t block) {
+  // Calls f(sum) for every sum that the chunk in `b` contributes to.
+  template <class F>
+  void over_sums(int d, const Buffer& b, const F& f) const {
+    using Sum = typename GradientTasks<V>::Sum;
+    const auto& to = p.gradients[d];
+    const auto at = [](void* result, int64_t values) { return result ? static_cast<T*>(result) + values : nullptr; };
+    for (int g = 0; g < G; ++g)
+      f(Sum{b.dgates + (X + g) * blocks * R * W, p.H, b.x, p.I, R, at(to.w_ih, g * p.H * p.I), at(to.b_ih, g * p.H)});
+    for (int s = 0; s < G; ++s) {
+      const int g = Cell::hidden_gate[s];
+      f(Sum{b.dgates + s * blocks * R * W, p.H, b.h_prev, p.P, R, at(to.w_hh, g * p.H * p.P), at(to.b_hh, g * p.H)});
+    }
+    f(Sum{b.dh_out, p.P, b.h_raw, p.H, R, at(to.w_hr, 0), nullptr});
+  }
+
+  void reduce(int64_t worker, int round, int64_t k) {
+    for (int d = first_direction(round); d < end_direction(round); ++d) {
+      const Buffer& b = buffers[2 * d + (k & 1)];
+      const int64_t c = chunk(d, k), rows = stored_row(p, chunk_begin[c + 1]) - stored_row(p, chunk_begin[c]);
+      int64_t all = 0, done = 0;
+      over_sums(d, b, [&](const auto& sum) { all += sum.tasks(); });
+      const int64_t begin = share_of(all, worker, split.workers), end = share_of(all, worker + 1, split.workers);
+      over_sums(d, b, [&](const auto& sum) {
+        for (int64_t i = larger(begin - done, 0); i < smaller(end - done, sum.tasks()); ++i)
+          GradientTasks<V>::run(sum, i, rows, k == 0);
+        done += sum.tasks();
+      });
+      if (p.dx.data) input_gradient(worker, d, k, c, b);
+    }
+  }
+
+  // dx of this worker's share of a chunk's rows: dgates W_ih, added to the other direction's if that was here before.
+  void input_gradient(int64_t worker, int d, int64_t k, int64_t c, const Buffer& b) {
+    const Worker& w = workers[worker];
+    int64_t first = -1, count = 0;
+    over_chunk_rows(worker, c, [&](int64_t row, int64_t t, int64_t at) {
+      if (first < 0) first = row;
+      w.dx[count++] = dx_row(t, at);
+    });
+    // Side by side, the directions come from both ends and meet in the middle, where direction 0 goes first.
+    const bool add = p.D == 2 && (split.directions == 1 ? d == 1 : d == 0 ? c < k : chunks - 1 - c <= k);
+    const T* dgates = b.dgates + X * blocks * R * W + first * W;
+    const Storage<V> out(p.dx_is_compute && p.dtype != Dtype::f64 ? Dtype::f32 : p.dtype);
+    over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
-      const T* group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
-      over_rows<tile_rows>(0, now, [&](auto m, int64_t i) {
+      const T* group = group_at(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+      over_even_rows<tile_rows>(0, count, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
-        product(sum, w.dgates + i * S * p.H, S * p.H, group, G * p.H);
+        product_of_blocks(sum, dgates + i * W, W, R * W, group, G, p.H);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) {
-            T* dh = w.dh + (i + r) * Pp + (block + v) * W;
-            (projected ? sum[r][v] : sum[r][v] + V::load(dh)).store(dh);
+            const int64_t column = (block + v) * W, n = p.I - column;
+            char* to = w.dx[i + r] + column * out.size;
+            V x = sum[r][v];
+            if (add) x = Storage<V>::load(out, to, n) + x;
+            Storage<V>::store(out, x, to, n);
           }
       });
     });
-  }
-
-  void cut(const Work& w, int d, int64_t t, const int64_t* order, int64_t now) {
-    if (p.reset == nullptr) return;
-    for (int64_t i = 0; i < now; ++i)
-      if (is_cut(p, d, t, order[i])) {
-        zero(w.dh + i * Pp, Pp);
-        if (Cell::has_c) zero(w.dc + i * Hp, Hp);
-      }
-  }
-
-  // Operand rows past a row's length are zero, so that the products over all rows may include them.
-  void clear_inactive(int d, int64_t t, const int64_t* order, int64_t now, int64_t n) {
-    if (p.first_row) return;
-    for (int64_t i = now; i < n; ++i) {
-      const int64_t b = order[i];
-      zero(operand(p.dgates, d, t, b, S * p.H), S * p.H);
-      if (p.h_prev) zero(operand(p.h_prev, d, t, b, p.P), p.P);
-      if (p.dh_out) zero(operand(p.dh_out, d, t, b, p.P), p.P);
-      if (p.h_raw) zero(operand(p.h_raw, d, t, b, p.H), p.H);
-    }
-  }
-
-  // dx of stored rows [begin, end): the sum over the directions, forward first, of dgates W_ih.
-  void input_gradient(int64_t begin, int64_t end, T* out, T* panel) {
-    for (int d = 0; d < p.D; ++d) {
-      const T* dgates = static_cast<const T*>(p.dgates) + (d * N + begin) * S * p.H + X * p.H;
-      over_groups<Packed<V, 1>::U, 1>(0, w_ih[d].blocks, [&](auto u, int64_t block) {
-        constexpr int U = decltype(u)::value;
-        const T* group = group_at(w_ih[d], source_ih(d), storage, block, U, panel, static_cast<T*>(nullptr));
-        over_rows<tile_rows>(0, end - begin, [&](auto m, int64_t i) {
-          constexpr int M = decltype(m)::value;
-          V sum[M][U];
-          product(sum, dgates + i * S * p.H, S * p.H, group, G * p.H);
-          for (int r = 0; r < M; ++r)
-            for (int v = 0; v < U; ++v) {
-              T* to = out + (i + r) * Ip + (block + v) * W;
-              (d == 0 ? sum[r][v] : V::load(to) + sum[r][v]).store(to);
-            }
-        });
-      });
-    }
-    int64_t t = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t b;
-      if (p.first_row) {
-        while (p.first_row[t + 1] <= row) ++t;
-        b = row - p.first_row[t];
-      } else {
-        t = row / p.B;
-        b = row % p.B;
-      }
-      T* from = out + (row - begin) * Ip;
-      if (p.first_row == nullptr && t >= length_of(p, b)) zero(from, p.I);  // exactly zero, whatever the weights hold
-      storage.narrow(from, bytes(p.dx.data) + row_offset(p, p.dx, t, b) * storage.size, p.I);
-    }
   }
 };

@@ -10,8 +10,6 @@ struct Kernels {
   int float_lanes;  // floats per vector
   void (*forward)(const Forward&, const Team&);
   void (*backward)(const Backward&, const Team&);
-  // Carries out `count` sums over the same N stored rows, in float or, for f64, double.
-  void (*row_sums)(const RowSum* sums, int count, int64_t N, Dtype compute, const Team&);
   // y[i] = function(x[i]): 0 sigmoid, 1 tanh; float or double. For the accuracy tests.
   void (*activation)(int function, Dtype dtype, const void* x, void* y, int64_t n);
 };

@@ -1,95 +1,134 @@
-// The forward pass of one layer: a slice of rows runs through all steps of one direction without waiting for anyone.
+// The forward pass of one layer.
 //
 // For a tile of steps (or of rows, when the batch is large) the input projection goes to `gates_x` by one product; then
 // step by step the recurrent product of a group of hidden units is summed in registers, the cell is applied to it
-// there, and the new state written. In 16-bit storage h is rounded once per step; everything else stays float.
+// there, and the new state goes from there to wherever it is wanted. A slice of rows runs through all steps without
+// waiting for the others; the parts of the hidden units of a slice meet after each step. The state is double-buffered,
+// so a step needs no second barrier. In 16-bit storage h is rounded once per step; everything else stays float.
 
 template <class Cell, class V>
 struct ForwardPass {
   using T = typename V::T;
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
+  static constexpr int64_t folded_input = 4;  // inputs this narrow are multiplied in the step itself
 
   const Forward& p;
-  const Storage<T> storage;
-  const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, Pp = round_up(p.P, W), Ip = p.I;
+  const Storage<V> storage{p.dtype};
+  const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, Pp = round_up(p.P, W), N = stored_rows(p);
+  const int64_t tape_h = padded_to_tape_block(p.H);
   const bool projected = p.weights[0].w_hr != nullptr;
-  const int64_t tape_width = Cell::tape * p.H + (projected ? p.P : 0);
+  const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
   const bool dot = p.T == 1 && p.B <= dot_rows;  // by the whole batch, so that no cut into slices changes bits
+  Split split;
   Packed<V, G> w_ih[2], w_hh[2];
   Packed<V, 1> w_hr[2];
-  T* bias_x[2];  // [blocks][G][W], in the order of gates_x
-  T* bias_h[2];  // [X][Hp], the slots that the input does not reach
-  Slices slices;
-  int64_t tile;  // rows of one input projection
-  bool once;     // one step of few rows: every group of the weights is used once, and packed there and then
-  char* work;    // one piece per slice and direction
-  int64_t work_size;
+  T* bias_x[2];     // [blocks][G][W], in the order of gates_x
+  T* bias_h[2];     // [X][Hp], the slots that the input does not reach
+  int64_t longest;  // rows of the largest slice
+  int64_t tile;     // rows of one input projection
+  bool once;        // one step of few rows: every group of the weights is used once, and packed there and then
+  bool folded;
 
-  ForwardPass(const Forward& forward) : p(forward), storage(storage_of<T>(forward.dtype)) {}
-
-  struct Work {
-    T *h, *h_new, *h_raw, *c, *x, *gates_x, *panel, *scratch;
-    int64_t* count;  // [tile] active rows of each step of a tile
-    explicit Work(const ForwardPass& f, Carve& carve) {
-      const int64_t n = f.slices.longest;
-      h = carve.take<T>(n * f.Pp);
-      h_new = carve.take<T>(n * f.Pp);
-      h_raw = f.projected ? carve.take<T>(n * f.Hp) : h_new;
-      c = carve.take<T>(Cell::has_c ? n * f.Hp : 0);
-      x = carve.take<T>(f.tile * f.Ip);
-      gates_x = carve.take<T>(f.tile * f.blocks * G * W);
-      count = carve.take<int64_t>(f.tile);
-      const int64_t deepest = f.once ? larger(f.p.I, larger(f.p.P, f.p.H)) : 0;
-      panel = carve.take<T>(deepest * group_vectors * W);
-      scratch = carve.take<T>(f.storage.rounds ? deepest * W : 0);
-    }
+  // Of one slice in one direction, shared by its parts.
+  struct State {
+    T* h[2];   // [rows][Pp] the state that enters even, odd steps
+    T* h_raw;  // [rows][Hp] before a projection
+    T* c;      // [rows][Hp]
   };
 
+  struct Worker {
+    Slice slice;
+    State* states;  // [D]
+    int part;
+    int64_t first, last;          // its blocks of hidden units
+    int64_t first_out, last_out;  // its blocks of a projection
+    T *x, *gates_x, *panel, *scratch;
+    int64_t* offset;  // [tile] row of gates_x where each step of the tile begins
+    bool* cut;        // [rows] whether what enters the next step is zero
+  };
+
+  explicit ForwardPass(const Forward& forward) : p(forward) {}
+
   void run(const Team& team) {
-    const int count = slice_count(p, traits_of<Cell>(), team.size);
-    plan(count, nullptr);
-    char* memory = static_cast<char*>(workspace(size_t(layout_size)));
-    plan(count, memory);
-    pack_weights(team);
-    run_team(team, int64_t(p.D) * count, [&](int64_t begin, int64_t end) {
-      for (int64_t job = begin; job < end; ++job) run_slice(int(job / slices.count), int(job % slices.count));
-    });
-    trim_workspace();
+    split = choose_split(p, traits_of<Cell>(), team.size, W, int(sizeof(T)), Packed<V, G>::U);
+    split.workers = split.recurrent();
+    Workspace workspace;
+    lay_out(nullptr);
+    lay_out(static_cast<char*>(workspace.reserve(size_t(layout_size))));
+    run_team(team, split.workers, [&](int64_t begin, int64_t end) { work(begin, end); });
   }
 
  private:
   int64_t layout_size = 0;
-  T* pack_scratch = nullptr;  // [groups packed at once][W * K]
+  T* pack_scratch = nullptr;  // [workers][W * K]
   int64_t pack_scratch_size = 0;
+  State* states = nullptr;  // [slices][D]
+  Worker* workers = nullptr;
+  Barrier* barriers = nullptr;
 
   // Lays the memory out; without memory, only sizes it.
-  void plan(int count, char* memory) {
+  void lay_out(char* memory) {
     Carve carve{memory};
-    void* cut = carve.take<char>(int64_t(slices_size(p, count)));
-    if (memory)
-      slices = cut_slices(p, count, cut);
-    else
-      slices.count = count, slices.longest = ceil_div(p.B, count);
+    longest = ceil_div(p.B, split.slices);
     // Enough rows for the projection's weights to be worth loading, few enough for its result to stay in the cache.
     constexpr int64_t few = 24, many = 96, cache = 512 * 1024;
     tile = cache / (blocks * G * W * int64_t(sizeof(T)));
     tile = tile < few ? few : tile > many ? many : tile;
-    tile = smaller(tile, larger(slices.longest, 1) * larger(p.T, 1));
-    once = p.T == 1 && slices.longest <= tile;
+    tile = smaller(tile, longest * p.T);
+    once = p.T == 1 && longest <= tile && split.workers == 1;
+    folded = p.I <= folded_input && !once && !dot;
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
     for (int d = 0; d < p.D; ++d) {
       w_ih[d] = {matrix(Packed<V, G>::count(p.I, p.H)), p.I, blocks};
       w_hh[d] = {matrix(Packed<V, G>::count(p.P, p.H)), p.P, blocks};
-      if (projected) w_hr[d] = {matrix(Packed<V, 1>::count(p.H, p.P)), p.H, ceil_div(p.P, W)};
+      w_hr[d] = {nullptr, p.H, ceil_div(p.P, W)};
+      if (projected) w_hr[d].data = matrix(Packed<V, 1>::count(p.H, p.P));
       bias_x[d] = carve.take<T>(blocks * G * W);
       bias_h[d] = carve.take<T>(X * Hp);
     }
-    pack_scratch_size = once ? 0 : W * larger(p.I, larger(p.P, p.H));
-    pack_scratch = carve.take<T>(pack_scratch_size * count * p.D);
-    Carve one{nullptr};
-    Work sized(*this, one);
-    work_size = one.used;
-    work = carve.take<char>(work_size * p.D * count);
+    pack_scratch_size = once || !storage.rounds ? 0 : W * larger(p.I, larger(p.P, p.H));
+    pack_scratch = carve.take<T>(pack_scratch_size * split.workers);
+    barriers = carve.take<Barrier>(1 + split.directions * split.slices);
+    if (memory) zero(barriers, 1 + split.directions * split.slices);
+    states = carve.take<State>(int64_t(split.slices) * p.D);
+    for (int i = 0; i < split.slices * p.D; ++i) {
+      State s;
+      for (T*& h : s.h) h = carve.take<T>(longest * Pp);
+      s.h_raw = projected ? carve.take<T>(longest * Hp) : nullptr;
+      s.c = carve.take<T>(Cell::has_c ? longest * Hp : 0);
+      if (memory) states[i] = s;
+    }
+    workers = carve.take<Worker>(split.workers);
+    for (int i = 0; i < split.workers; ++i) {
+      const Place place(split, i);
+      Worker w{Slice(p, split.slices, place.slice),
+               nullptr,
+               place.part,
+               0,
+               0,
+               0,
+               0,
+               nullptr,
+               nullptr,
+               nullptr,
+               nullptr,
+               nullptr,
+               nullptr};
+      w.first = first_block(w_hh[0], place.part, split.parts);
+      w.last = first_block(w_hh[0], place.part + 1, split.parts);
+      w.first_out = first_block(w_hr[0], place.part, split.parts);
+      w.last_out = first_block(w_hr[0], place.part + 1, split.parts);
+      w.x = carve.take<T>((folded ? longest : tile) * p.I);
+      w.gates_x = carve.take<T>(folded ? 0 : tile * (w.last - w.first) * G * W);
+      w.offset = carve.take<int64_t>(tile);
+      const int64_t deepest = once || dot ? larger(p.I, larger(p.P, p.H)) : 0;
+      w.panel = carve.take<T>(deepest * group_vectors * W);
+      w.scratch = carve.take<T>(storage.rounds ? deepest * W : 0);
+      w.cut = carve.take<bool>(p.reset ? longest : 0);
+      if (!memory) continue;
+      w.states = states + place.slice * p.D;
+      workers[i] = w;
+    }
     layout_size = carve.used;
   }
 
@@ -100,28 +139,59 @@ struct ForwardPass {
   }
   Source source_hr(int d) const { return {p.weights[d].w_hr, p.H, p.P, p.H, true, {}}; }
 
-  void pack_weights(const Team& team) {
-    for (int d = 0; d < p.D; ++d) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
-    if (once) return;
-    const int64_t gate_groups = group_count(w_ih[0]), hr_groups = projected ? group_count(w_hr[0]) : 0;
-    const int64_t per_direction = 2 * gate_groups + hr_groups;
-    const int64_t pieces = int64_t(slices.count) * p.D;  // as many as there is scratch for
-    run_team(team, pieces, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) {
-        T* scratch = pack_scratch + piece * pack_scratch_size;
-        const int64_t all = per_direction * p.D;
-        for (int64_t i = all * piece / pieces; i < all * (piece + 1) / pieces; ++i) {
-          const int d = int(i / per_direction);
-          const int64_t g = i % per_direction;
-          if (g < gate_groups)
-            pack(w_ih[d], source_ih(d), storage, g, scratch);
-          else if (g < 2 * gate_groups)
-            pack(w_hh[d], source_hh(d), storage, g - gate_groups, scratch);
-          else
-            pack(w_hr[d], source_hr(d), storage, g - 2 * gate_groups, scratch);
-        }
+  void work(int64_t begin, int64_t end) {
+    const Meeting meet{barriers, split};
+    for (int64_t w = begin; w < end; ++w) prepare(w);
+    meet.everyone(begin, end);
+    const int rounds = p.D / split.directions;  // directions one after the other, or this worker's own
+    for (int round = 0; round < rounds; ++round) {
+      if (split.parts == 1) {
+        for (int64_t w = begin; w < end; ++w)
+          for (int64_t q = 0; q < p.T; ++q) {
+            advance(workers[w], direction(w, round), q);
+            if (projected) project_state(workers[w], direction(w, round), q);
+          }
+        continue;
       }
-    });
+      for (int64_t q = 0; q < p.T; ++q) {
+        for (int64_t w = begin; w < end; ++w) advance(workers[w], direction(w, round), q);
+        meet.parts(begin, end);
+        if (!projected) continue;
+        for (int64_t w = begin; w < end; ++w) project_state(workers[w], direction(w, round), q);
+        meet.parts(begin, end);
+      }
+    }
+  }
+
+  int direction(int64_t w, int round) const { return split.directions == 2 ? Place(split, w).direction : round; }
+
+  // Packs this worker's share of the weights (those of its own part, which it will read, divided among the slices) and
+  // loads its share of the initial states.
+  void prepare(int64_t worker) {
+    const Place place(split, worker);
+    const Worker& w = workers[worker];
+    T* scratch = pack_scratch + worker * pack_scratch_size;
+    for (int d = 0; d < p.D; ++d) {
+      if (split.directions == 2 && d != place.direction) continue;
+      if (place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
+      if (!once) {
+        pack_share(w_ih[d], source_ih(d), place, scratch);
+        pack_share(w_hh[d], source_hh(d), place, scratch);
+        if (projected) pack_share(w_hr[d], source_hr(d), place, scratch);
+      }
+      for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
+    }
+  }
+
+  template <int columns>
+  void pack_share(const Packed<V, columns>& m, const Source& source, const Place& place, T* scratch) {
+    const int64_t groups = group_count(m);
+    const int64_t begin = share_of(groups, place.part, split.parts),
+                  end = share_of(groups, place.part + 1, split.parts);
+    const int64_t all = end - begin;
+    for (int64_t g = begin + share_of(all, place.slice, split.slices);
+         g < begin + share_of(all, place.slice + 1, split.slices); ++g)
+      pack(m, source, storage, g, scratch);
   }
 
   void pack_bias(const Weights& w, T* to_x, T* to_h) {
@@ -130,200 +200,255 @@ struct ForwardPass {
     if (w.b_ih == nullptr) return;
     for (int s = 0; s < S; ++s) {
       const int x_gate = s - X, h_gate = s < G ? Cell::hidden_gate[s] : -1;
-      for (int64_t i = 0; i < p.H; ++i) {
-        T from_x = 0, from_h = 0;
-        if (x_gate >= 0) storage.widen(bytes(w.b_ih) + (x_gate * p.H + i) * storage.size, &from_x, 1);
-        if (h_gate >= 0) storage.widen(bytes(w.b_hh) + (h_gate * p.H + i) * storage.size, &from_h, 1);
+      for (int64_t i = 0; i < p.H; i += W) {
+        const int64_t n = p.H - i;
+        const auto bias = [&](const void* b, int gate) {
+          return Storage<V>::load(storage, bytes(b) + (gate * p.H + i) * storage.size, n);
+        };
+        const V from_x = x_gate >= 0 ? bias(w.b_ih, x_gate) : V::set(0);
+        const V from_h = h_gate >= 0 ? bias(w.b_hh, h_gate) : V::set(0);
         if (x_gate >= 0)
-          to_x[((i / W) * G + x_gate) * W + i % W] = from_x + from_h;
+          (from_x + from_h).store(to_x + (i / W * G + x_gate) * W);
         else
-          to_h[s * Hp + i] = from_h;
+          from_h.store(to_h + s * Hp + i);
       }
     }
   }
 
-  void run_slice(int d, int s) {
-    Carve carve{work + (int64_t(d) * slices.count + s) * work_size};
-    const Work w(*this, carve);
-    const int64_t* order = slices.order + slices.first[s];
-    const int64_t n = slices.first[s + 1] - slices.first[s];
-    if (n == 0) return;
+  // Row i of the slice: into both buffers, since a reverse direction's short rows start at a later step.
+  void load_states(const Worker& w, int d, int64_t i) {
+    const State& s = w.states[d];
+    const int64_t b = row_of(p, w.slice.rank(i));
+    T* h = s.h[0] + i * Pp;
+    load_row(p, storage, p.h0, d, b, p.P, Pp, h);
+    if (Cell::has_c) load_row(p, storage, p.c0, d, b, p.H, Hp, s.c + i * Hp);
+    if (length_of(p, b) == 0) {  // no step will write them
+      storage.narrow(h, bytes(p.h_n) + (d * p.B + b) * p.P * storage.size, p.P);
+      if (Cell::has_c) storage.narrow(s.c + i * Hp, bytes(p.c_n) + (d * p.B + b) * p.H * storage.size, p.H);
+    } else if (d == 0 && is_cut(p, 0, 0, b)) {
+      zero(h, Pp);
+      if (Cell::has_c) zero(s.c + i * Hp, Hp);
+    }
+    __builtin_memcpy(s.h[1] + i * Pp, h, size_t(Pp) * sizeof(T));
+  }
 
-    load_state(p, storage, p.h0, d, order, n, p.P, Pp, w.h);
-    if (Cell::has_c) load_state(p, storage, p.c0, d, order, n, p.H, Hp, w.c);
+  // ------------------------------------------------------------------------------------------------------- one step
 
-    Active active(p, order, n);
-    const int64_t steps = n >= tile ? 1 : tile / n;  // steps per tile
-    for (int64_t begin = 0; begin < p.T; begin += steps) {
-      const int64_t end = smaller(begin + steps, p.T);
-      int64_t rows = 0;
-      for (int64_t q = begin; q < end; ++q) {
-        const int64_t t = d ? p.T - 1 - q : q;
-        w.count[q - begin] = active.at(t);
-        if (n < tile) rows = gather_x(w, order, t, 0, w.count[q - begin], rows);
-      }
-      project_input(w, d, rows);
-      T* gates_x = w.gates_x;
-      for (int64_t q = begin; q < end; ++q) {
-        const int64_t t = d ? p.T - 1 - q : q, now = w.count[q - begin];
-        cut_states(w, d, t, order, now);
-        if (n < tile) {
-          step(w, d, t, order, 0, now, gates_x);
-          gates_x += now * blocks * G * W;
-        } else {
-          for (int64_t i = 0; i < now; i += tile) {
-            const int64_t next = smaller(i + tile, now);
-            project_input(w, d, gather_x(w, order, t, i, next, 0));
-            step(w, d, t, order, i, next, w.gates_x);
-          }
+  // What a step of one slice and direction needs to know.
+  struct Step {
+    int d;
+    int64_t t;
+    const T* h;  // the state that enters
+    T* h_new;    // the state that leaves
+    const State& state;
+    int64_t final;    // rows from here on end with this step
+    const bool* cut;  // null: no row's next step starts from zero
+  };
+
+  Step step_at(const Worker& w, int d, int64_t q) const {
+    const int64_t t = d ? p.T - 1 - q : q, now = w.slice.active(p, t);
+    const State& s = w.states[d];
+    const bool last = q + 1 == p.T;
+    return {d,
+            t,
+            s.h[q & 1],
+            s.h[~q & 1],
+            s,
+            last ? 0 : d ? now : w.slice.active(p, t + 1),
+            p.reset && !last ? w.cut : nullptr};
+  }
+
+  void advance(Worker& w, int d, int64_t q) {
+    const Step s = step_at(w, d, q);
+    const int64_t n = w.slice.count, now = w.slice.active(p, s.t);
+    if (s.cut)
+      for (int64_t i = 0; i < now; ++i)
+        w.cut[i] = i < s.final && is_cut(p, d, s.t + (d ? -1 : 1), row_of(p, w.slice.rank(i)));
+    if (folded) {
+      gather_x(w, s.t, 0, now, 0);
+      step(w, s, 0, now, nullptr);
+    } else if (n <= tile) {
+      const int64_t steps = tile / larger(n, 1), in_tile = q % steps;
+      if (in_tile == 0) {
+        int64_t rows = 0;
+        for (int64_t i = q; i < smaller(q + steps, p.T); ++i) {
+          const int64_t t = d ? p.T - 1 - i : i;
+          w.offset[i - q] = rows;
+          rows = gather_x(w, t, 0, w.slice.active(p, t), rows);
         }
-        publish(w, d, t, order, now, n);
+        project_input(w, d, rows);
+      }
+      step(w, s, 0, now, w.gates_x + w.offset[in_tile] * (w.last - w.first) * G * W);
+    } else {
+      for (int64_t i = 0; i < now; i += tile) {
+        const int64_t next = smaller(i + tile, now);
+        project_input(w, d, gather_x(w, s.t, i, next, 0));
+        step(w, s, i, next, w.gates_x);
       }
     }
-
-    for (int64_t i = 0; i < n; ++i) {
-      storage.narrow(w.h + i * Pp, bytes(p.h_n) + (d * p.B + order[i]) * p.P * storage.size, p.P);
-      if (Cell::has_c) storage.narrow(w.c + i * Hp, bytes(p.c_n) + (d * p.B + order[i]) * p.H * storage.size, p.H);
-    }
+    for (int64_t i = now; i < n; ++i)
+      if (i % split.parts == w.part) clear_padding(d, s.t, row_of(p, w.slice.rank(i)));
   }
 
   // Copies input rows [begin, end) of step t behind the `rows` already there; returns how many there are now.
-  int64_t gather_x(const Work& w, const int64_t* order, int64_t t, int64_t begin, int64_t end, int64_t rows) {
-    for (int64_t i = begin; i < end; ++i)
-      storage.widen(bytes(p.x.data) + row_offset(p, p.x, t, order[i]) * storage.size, w.x + (rows++) * Ip, p.I);
+  int64_t gather_x(const Worker& w, int64_t t, int64_t begin, int64_t end, int64_t rows) {
+    for (int64_t i = begin; i < end; ++i) {
+      const char* from = bytes(p.x.data) + row_offset(p, p.x, t, row_of(p, w.slice.rank(i))) * storage.size;
+      T* to = w.x + (rows++) * p.I;
+      if (folded && !storage.rounds)
+        for (int64_t k = 0; k < p.I; ++k) to[k] = reinterpret_cast<const T*>(from)[k];
+      else
+        storage.widen(from, to, p.I);
+    }
     return rows;
   }
 
   // gates_x[row] = bias + x[row] W_ih, unit block by unit block, the gates of a block side by side.
-  void project_input(const Work& w, int d, int64_t rows) {
-    const int64_t ld = blocks * G * W;
-    over_groups<Packed<V, G>::U, G>(0, blocks, [&](auto u, int64_t block) {
-      constexpr int N = decltype(u)::value * G;
+  void project_input(const Worker& w, int d, int64_t rows) {
+    const int64_t ld = (w.last - w.first) * G * W;
+    const Source source = source_ih(d);
+    over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
+      constexpr int U = decltype(u)::value, N = U * G;
       const T* bias = bias_x[d] + block * G * W;
-      const Source source = source_ih(d);
-      const T* group = dot ? nullptr : group_at(w_ih[d], source, storage, block, N / G, w.panel, w.scratch);
+      const T* group = dot ? nullptr : group_at(w_ih[d], source, storage, block, U, w.panel, w.scratch);
       over_rows<tile_rows>(0, rows, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][N];
         if (dot)
-          dot_group<G>(sum, w.x + i * Ip, Ip, source, storage, p.I, block, w.scratch);
+          dot_group<G>(sum, w.x + i * p.I, p.I, source, storage, p.I, block, w.scratch);
         else
-          product(sum, w.x + i * Ip, Ip, group, p.I);
+          product(sum, w.x + i * p.I, p.I, group, p.I);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < N; ++v)
-            (sum[r][v] + V::load(bias + v * W)).store(w.gates_x + (i + r) * ld + block * G * W + v * W);
+            (sum[r][v] + V::load(bias + v * W)).store(w.gates_x + (i + r) * ld + ((block - w.first) * G + v) * W);
       });
     });
   }
 
-  void cut_states(const Work& w, int d, int64_t t, const int64_t* order, int64_t n) {
-    if (p.reset == nullptr) return;
-    for (int64_t i = 0; i < n; ++i)
-      if (is_cut(p, d, t, order[i])) {
-        // The forward directions' hx and every later state: what enters this step is zero.
-        zero(w.h + i * Pp, Pp);
-        if (Cell::has_c) zero(w.c + i * Hp, Hp);
+  // Rows [begin, end) of one step, this worker's hidden units.
+  void step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) {
+    constexpr int U = Packed<V, G>::U;
+    int64_t first = w.first;
+    if (end - begin == 1 && !once && !dot)
+      for (; first + 2 * U <= w.last; first += 2 * U) {
+        V sum[2][U * G];
+        const T* group = w_hh[s.d].data + first * G * W * p.P;
+        product_of_pair(sum, s.h + begin * Pp, group, U * G * W * p.P, p.P);
+        apply<U>(w, s, begin, begin, first, sum[0], gates_x);
+        apply<U>(w, s, begin, begin, first + U, sum[1], gates_x);
       }
-  }
-
-  // One time step of rows [begin, end): the new states go to h_new (h_raw before a projection) and, in place, to c.
-  void step(const Work& w, int d, int64_t t, const int64_t* order, int64_t begin, int64_t end, const T* gates_x) {
-    const int64_t ld_h = projected ? Hp : Pp;
-    over_groups<Packed<V, G>::U, G>(0, blocks, [&](auto u, int64_t block) {
-      constexpr int U = decltype(u)::value;
-      const Source source = source_hh(d);
-      const T* group = dot ? nullptr : group_at(w_hh[d], source, storage, block, U, w.panel, w.scratch);
-      over_rows<tile_rows>(begin, end, [&](auto m, int64_t i) {
+    const Source source = source_hh(s.d);
+    over_groups<U>(first, w.last, [&](auto u, int64_t block) {
+      constexpr int blocks = decltype(u)::value;
+      const T* group = dot ? nullptr : group_at(w_hh[s.d], source, storage, block, blocks, w.panel, w.scratch);
+      over_even_rows<tile_rows>(begin, end, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
-        V sum[M][U * G];
+        V sum[M][blocks * G];
         if (dot)
-          dot_group<G>(sum, w.h + i * Pp, Pp, source, storage, p.P, block, w.scratch);
+          dot_group<G>(sum, s.h + i * Pp, Pp, source, storage, p.P, block, w.scratch);
         else
-          product(sum, w.h + i * Pp, Pp, group, p.P);
-        for (int r = 0; r < M; ++r)
-          for (int b = 0; b < U; ++b) {
-            const int64_t unit = (block + b) * W, row = i + r;
-            const T* x = gates_x + (row - begin) * blocks * G * W + (block + b) * G * W;
-            V a[S], tape[Cell::tape], c = V::set(0);
-            for (int s = 0; s < S; ++s) {
-              if (s < X)
-                a[s] = sum[r][b * G + s] + V::load(bias_h[d] + s * Hp + unit);
-              else if (s < G)
-                a[s] = sum[r][b * G + s] + V::load(x + (s - X) * W);
-              else
-                a[s] = V::load(x + (s - X) * W);
-            }
-            V h = V::load(w.h + row * Pp + (projected ? 0 : unit));  // RNN and LSTM do not read it
-            if (Cell::has_c) c = V::load(w.c + row * Hp + unit);
-            Cell::forward(a, h, c, tape);
-            h.store(w.h_raw + row * ld_h + unit);
-            if (Cell::has_c) c.store(w.c + row * Hp + unit);
-            if (p.tape) save(tape, static_cast<T*>(p.tape) + tape_row(d, t, order[row]) + unit, unit);
-          }
+          product(sum, s.h + i * Pp, Pp, group, p.P);
+        for (int r = 0; r < M; ++r) apply<blocks>(w, s, begin, i + r, block, sum[r], gates_x);
       });
     });
-    if (projected) project_state(w, d, begin, end);
   }
 
-  int64_t tape_row(int d, int64_t t, int64_t b) const {
-    return (d * stored_rows(p) + stored_row(p, t, b)) * tape_width;
-  }
-
-  void save(const V* tape, T* to, int64_t unit) {
-    const int64_t n = p.H - unit;
-    for (int k = 0; k < Cell::tape; ++k) {
-      if (n >= W)
-        tape[k].store(to + k * p.H);
+  // The cell for row i and the `count` unit blocks of a group, from the sums of the recurrent product.
+  template <int count>
+  FASTRNN_MEMBER void apply(const Worker& w, const Step& s, int64_t begin, int64_t i, int64_t block, const V* sum,
+                            const T* gates_x) const {
+    const int64_t b = row_of(p, w.slice.rank(i));
+    V x[count * G];
+    if (folded) {
+      const T* weights = w_ih[s.d].data + block * G * W * p.I;
+      for (int v = 0; v < count * G; ++v) x[v] = V::set(0);
+      for (int64_t k = 0; k < p.I; ++k) {
+        const V left = V::set(w.x[i * p.I + k]);
+        for (int v = 0; v < count * G; ++v) x[v] = fma(left, V::load(weights + (k * count * G + v) * W), x[v]);
+      }
+      for (int v = 0; v < count * G; ++v) x[v] = x[v] + V::load(bias_x[s.d] + (block * G + v) * W);
+    } else {
+      const T* from = gates_x + ((i - begin) * (w.last - w.first) + block - w.first) * G * W;
+      for (int v = 0; v < count * G; ++v) x[v] = V::load(from + v * W);
+    }
+    T* tape_to = nullptr;
+    if (p.tape) tape_to = static_cast<T*>(p.tape) + (s.d * N + stored_row(p, s.t) + w.slice.rank(i)) * tape_row;
+    for (int k = 0; k < count; ++k) {
+      const int64_t unit = (block + k) * W;
+      V a[S], tape[Cell::tape], c = V::set(0), h = V::set(0);
+      for (int slot = 0; slot < S; ++slot) {
+        if (slot < X)
+          a[slot] = sum[k * G + slot] + V::load(bias_h[s.d] + slot * Hp + unit);
+        else if (slot < G)
+          a[slot] = sum[k * G + slot] + x[k * G + slot - X];
+        else
+          a[slot] = x[k * G + slot - X];
+      }
+      if (Cell::reads_h) h = V::load(s.h + i * Pp + unit);
+      if (Cell::has_c) c = V::load(s.state.c + i * Hp + unit);
+      Cell::forward(a, h, c, tape);
+      if (Cell::has_c) put_c(s, i, b, unit, c);
+      if (projected)
+        h.store(s.state.h_raw + i * Hp + unit);
       else
-        tape[k].store(to + k * p.H, int(n));
+        h = put_h(s, i, b, unit, h);
+      if (!tape_to) continue;
+      if (!Cell::has_c) tape[Cell::tape - 1] = h;  // as the next step sees it
+      for (int v = 0; v < Cell::tape; ++v) tape[v].store(tape_to + v * tape_h + unit);
     }
   }
+  // A vector of the new c of row i: to the tensors that want it, and to the next step.
+  FASTRNN_MEMBER void put_c(const Step& s, int64_t i, int64_t b, int64_t unit, V c) const {
+    const int64_t n = p.H - unit, size = storage.size;
+    if (p.c_all) Storage<V>::store(storage, c, bytes(p.c_all) + (((s.d * p.T + s.t) * p.B + b) * p.H + unit) * size, n);
+    if (i >= s.final) Storage<V>::store(storage, c, bytes(p.c_n) + ((s.d * p.B + b) * p.H + unit) * size, n);
+    if (s.cut && s.cut[i]) c = V::set(0);
+    c.store(s.state.c + i * Hp + unit);
+  }
 
-  void project_state(const Work& w, int d, int64_t begin, int64_t end) {
-    over_groups<Packed<V, 1>::U, 1>(0, w_hr[d].blocks, [&](auto u, int64_t block) {
-      constexpr int N = decltype(u)::value;
-      const Source source = source_hr(d);
-      const T* group = dot ? nullptr : group_at(w_hr[d], source, storage, block, N, w.panel, w.scratch);
-      over_rows<tile_rows>(begin, end, [&](auto m, int64_t i) {
+  // The same for h, after a projection if there is one. Returns h as it was stored.
+  FASTRNN_MEMBER V put_h(const Step& s, int64_t i, int64_t b, int64_t unit, V h) const {
+    const int64_t n = p.P - unit, size = storage.size;
+    h = Storage<V>::store(storage, h, bytes(p.y.data) + (row_offset(p, p.y, s.t, b) + s.d * p.P + unit) * size, n);
+    if (p.h_all) Storage<V>::store(storage, h, bytes(p.h_all) + (((s.d * p.T + s.t) * p.B + b) * p.P + unit) * size, n);
+    if (i >= s.final) Storage<V>::store(storage, h, bytes(p.h_n) + ((s.d * p.B + b) * p.P + unit) * size, n);
+    (s.cut && s.cut[i] ? V::set(0) : h).store(s.h_new + i * Pp + unit);
+    return h;
+  }
+
+  // h = h_raw W_hr, this worker's columns.
+  void project_state(const Worker& w, int d, int64_t q) {
+    const Step s = step_at(w, d, q);
+    const Source source = source_hr(d);
+    over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
+      constexpr int U = decltype(u)::value;
+      const T* group = dot ? nullptr : group_at(w_hr[d], source, storage, block, U, w.panel, w.scratch);
+      over_rows<tile_rows>(0, w.slice.active(p, s.t), [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
-        V sum[M][N];
+        V sum[M][U];
         if (dot)
-          dot_group<1>(sum, w.h_raw + i * Hp, Hp, source, storage, p.H, block, w.scratch);
+          dot_group<1>(sum, s.state.h_raw + i * Hp, Hp, source, storage, p.H, block, w.scratch);
         else
-          product(sum, w.h_raw + i * Hp, Hp, group, p.H);
-        for (int r = 0; r < M; ++r)
-          for (int v = 0; v < N; ++v) sum[r][v].store(w.h_new + (i + r) * Pp + (block + v) * W);
+          product(sum, s.state.h_raw + i * Hp, Hp, group, p.H);
+        for (int r = 0; r < M; ++r) {
+          const int64_t rank = w.slice.rank(i + r), b = row_of(p, rank);
+          for (int v = 0; v < U; ++v) {
+            const V h = put_h(s, i + r, b, (block + v) * W, sum[r][v]);
+            if (p.tape)
+              h.store(static_cast<T*>(p.tape) + (d * N + stored_row(p, s.t) + rank) * tape_row + Cell::tape * tape_h +
+                      (block + v) * W);
+          }
+        }
       });
     });
   }
 
-  // Writes step t to the caller's tensors and makes the new state the current one, rounded as it was stored.
-  void publish(const Work& w, int d, int64_t t, const int64_t* order, int64_t now, int64_t n) {
-    const int64_t size = storage.size;
-    for (int64_t i = 0; i < now; ++i) {
-      const int64_t b = order[i];
-      char* y = bytes(p.y.data) + (row_offset(p, p.y, t, b) + d * p.P) * size;
-      T* h = w.h + i * Pp;
-      storage.narrow(w.h_new + i * Pp, y, p.P);
-      storage.widen(y, h, p.P);
-      const int64_t padded_row = (d * p.T + t) * p.B + b;
-      if (p.h_all) storage.narrow(h, bytes(p.h_all) + padded_row * p.P * size, p.P);
-      if (p.c_all) storage.narrow(w.c + i * Hp, bytes(p.c_all) + padded_row * p.H * size, p.H);
-      if (p.tape && (projected || storage.rounds)) {
-        // Backward must see h as the next step saw it.
-        T* tape = static_cast<T*>(p.tape) + tape_row(d, t, b);
-        if (projected)
-          store_values(h, tape + Cell::tape * p.H, p.P);
-        else if (!Cell::has_c)
-          store_values(h, tape + (Cell::tape - 1) * p.H, p.H);
-      }
-    }
-    for (int64_t i = now; i < n; ++i) {  // past the row's length
-      const int64_t b = order[i], padded_row = (d * p.T + t) * p.B + b;
-      if (p.first_row == nullptr)
-        __builtin_memset(bytes(p.y.data) + (row_offset(p, p.y, t, b) + d * p.P) * size, 0, size_t(p.P * size));
-      if (p.h_all) __builtin_memset(bytes(p.h_all) + padded_row * p.P * size, 0, size_t(p.P * size));
-      if (p.c_all) __builtin_memset(bytes(p.c_all) + padded_row * p.H * size, 0, size_t(p.H * size));
-    }
+  // What lies past a row's length reads as zero.
+  void clear_padding(int d, int64_t t, int64_t b) {
+    const int64_t size = storage.size, row = (d * p.T + t) * p.B + b;
+    if (!p.packed)
+      __builtin_memset(bytes(p.y.data) + (row_offset(p, p.y, t, b) + d * p.P) * size, 0, size_t(p.P * size));
+    if (p.h_all) __builtin_memset(bytes(p.h_all) + row * p.P * size, 0, size_t(p.P * size));
+    if (p.c_all) __builtin_memset(bytes(p.c_all) + row * p.H * size, 0, size_t(p.H * size));
   }
 };

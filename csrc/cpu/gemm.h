@@ -1,14 +1,13 @@
 // The one micro-kernel every product goes through: input projection, recurrence, the dh chain, dx, weight gradients.
 //
-// The right-hand matrix lies in packed groups of up to four vectors of columns, [K][vectors][lanes] (pack.h). A tile is
-// M rows by one group; its accumulators stay in registers.
+// A tile is M rows of the left matrix by N vectors of columns of the right one; its accumulators stay in registers.
+// The right matrix lies in packed groups, [K][vectors][lanes] (pack.h), or in blocks, [vector][K][lanes] (Blocked).
 //
-// Summation order, which fixes the bits: for every output, k runs upwards in blocks of `k_block`, each block summed
-// from zero by fma, the block sums added in order. It depends on K alone: not on the rows around, the tile, or the
-// threads. Short blocks also keep the error of long sums near that of pairwise summation. (The one exception is
-// dot_group in pack.h.)
+// Summation order, which fixes the bits: for every output, k runs upwards in runs of `k_run`, each run summed from zero
+// by fma, the run sums added in order. It depends on K alone: not on the rows around, the tile, or the threads. Short
+// runs also keep the error of long sums near that of pairwise summation. (The one exception is dot_group in pack.h.)
 
-constexpr int64_t k_block = 32;
+constexpr int64_t k_run = 32;
 constexpr int group_vectors = 4;
 
 template <int N>
@@ -20,18 +19,30 @@ FASTRNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTRNN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// part[m][v] = sum over k of a[m * a_row + k * a_k] * b[k][v]: one block, k upwards, by fma.
 template <int M, int N, class V>
-FASTRNN_INLINE void product_of_block(V (&part)[M][N], const typename V::T* a, int64_t a_row, int64_t a_k,
-                                     const typename V::T* b, int64_t K) {
+FASTRNN_INLINE void clear(V (&sum)[M][N]) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) part[m][v] = V::set(0);
+    for (int v = 0; v < N; ++v) sum[m][v] = V::set(0);
+}
+
+template <int M, int N, class V>
+FASTRNN_INLINE void add(V (&sum)[M][N], const V (&part)[M][N]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) sum[m][v] = sum[m][v] + part[m][v];
+}
+
+// part[m][v] += a[m * a_row + k * a_k] * b[k * b_k + v * b_vector], k upwards.
+template <int M, int N, class V>
+FASTRNN_INLINE void accumulate(V (&part)[M][N], const typename V::T* a, int64_t a_row, int64_t a_k,
+                               const typename V::T* b, int64_t b_k, int64_t b_vector, int64_t K) {
   for (int64_t k = 0; k < K; ++k) {
     V right[N];
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) right[v] = V::load(b + (k * N + v) * V::lanes);
+    for (int v = 0; v < N; ++v) right[v] = V::load(b + k * b_k + v * b_vector);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const V left = V::set(a[m * a_row + k * a_k]);
@@ -41,40 +52,101 @@ FASTRNN_INLINE void product_of_block(V (&part)[M][N], const typename V::T* a, in
   }
 }
 
-// sum[m][v] = sum over k of a[m * a_row + k * a_k] * b[k][v], b a packed group.
+// sum[m][v] = sum over k of a[m * lda + k] * b[k][v], b a packed group.
 template <int M, int N, class V>
-FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t a_row, int64_t a_k, const typename V::T* b,
-                            int64_t K) {
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) sum[m][v] = V::set(0);
-  for (int64_t k = 0; k < K; k += k_block) {
+FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda, const typename V::T* b, int64_t K) {
+  constexpr int64_t b_k = N * V::lanes;
+  clear(sum);
+  for (int64_t k = 0; k < K; k += k_run) {
     V part[M][N];
-    product_of_block(part, a + k * a_k, a_row, a_k, b + k * N * V::lanes, smaller(k_block, K - k));
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) sum[m][v] = sum[m][v] + part[m][v];
+    clear(part);
+    accumulate(part, a + k, lda, 1, b + k * b_k, b_k, V::lanes, smaller(k_run, K - k));
+    add(sum, part);
   }
 }
 
-// The same for rows of a that lie lda apart.
+// The same for one row and two neighbouring groups at once: one group alone has too few independent sums to keep the
+// multipliers busy.
+template <int N, class V>
+FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, const typename V::T* b, int64_t next,
+                                    int64_t K) {
+  constexpr int64_t b_k = N * V::lanes;
+  clear(sum);
+  for (int64_t k = 0; k < K; k += k_run) {
+    V part[2][N];
+    clear(part);
+    const int64_t end = smaller(k + k_run, K);
+    for (int64_t i = k; i < end; ++i) {
+      const V left = V::set(a[i]);
+#pragma GCC unroll 2
+      for (int g = 0; g < 2; ++g)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) part[g][v] = fma(left, V::load(b + g * next + i * b_k + v * V::lanes), part[g][v]);
+    }
+    add(sum, part);
+  }
+}
+
+// A matrix of `rows` rows in blocks of one vector of columns: element (r, c) at ((c / lanes) * rows + r) * lanes +
+// c % lanes. Columns and rows of a block both read well: it serves as the left matrix and, transposed, as either one in
+// the weight gradients.
+template <class V>
+struct Blocked {
+  using T = typename V::T;
+  static constexpr int W = V::lanes;
+  T* data = nullptr;
+  int64_t rows = 0;
+  T* at(int64_t row, int64_t block) const { return data + (block * rows + row) * W; }
+};
+
+// sum[m][v] = sum over gates g and k < H of a(m, g, k) * b[g * H + k][v]: gate g begins at block g * blocks of a, whose
+// rows lie a_row values apart; b is a packed group.
 template <int M, int N, class V>
-FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda, const typename V::T* b, int64_t K) {
-  product(sum, a, lda, 1, b, K);
+FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* a, int64_t a_row, int64_t a_block,
+                                      const typename V::T* b, int gates, int64_t H) {
+  constexpr int64_t b_k = N * V::lanes, W = V::lanes;
+  clear(sum);
+  const int64_t blocks = ceil_div(H, W);
+  for (int g = 0; g < gates; ++g)
+    for (int64_t k = 0; k < H; k += k_run) {
+      V part[M][N];
+      clear(part);
+      const int64_t end = smaller(k + k_run, H);
+      for (int64_t i = k; i < end; i += W)
+        accumulate(part, a + (g * blocks + i / W) * a_block, a_row, 1, b + (g * H + i) * b_k, b_k, W,
+                   smaller(W, end - i));
+      add(sum, part);
+    }
 }
 
-// Calls f(Int<M>, i) for tiles of M = tile_rows, then of ever fewer rows, until n rows are covered.
-template <int M, class F>
+// Calls f(Int<M>, i) for tiles of M = Most rows, then of ever fewer, until n rows are covered.
+template <int Most, class F>
 FASTRNN_INLINE void over_rows(int64_t i, int64_t n, const F& f) {
-  for (; i + M <= n; i += M) f(Int<M>{}, i);
-  if constexpr (M > 1) over_rows<(M > 4 ? 4 : M > 2 ? 2 : 1)>(i, n, f);
+  for (; i + Most <= n; i += Most) f(Int<Most>{}, i);
+  if constexpr (Most > 1) over_rows<(Most > 4 ? 4 : Most > 2 ? 2 : 1)>(i, n, f);
 }
 
-// Calls f(Int<N>, vector) for each group of N <= U * G vectors: whole groups of U blocks of G vectors, then the rest.
-template <int U, int G, class F>
-FASTRNN_INLINE void over_groups(int64_t block, int64_t blocks, const F& f) {
-  for (; block + U <= blocks; block += U) f(Int<U>{}, block);
-  if constexpr (U > 1) over_groups<(U > 2 ? 2 : 1), G>(block, blocks, f);
+// The same in the fewest tiles, of nearly equal height: a lone row costs as much as several.
+template <int Most, class F>
+FASTRNN_INLINE void over_even_rows(int64_t begin, int64_t n, const F& f) {
+  for (int64_t i = begin, tiles = ceil_div(n - begin, Most); tiles > 0; --tiles) {
+    const int64_t rows = ceil_div(n - i, tiles);
+    if constexpr (Most >= 6) {
+      if (rows == 6) f(Int<6>{}, i);
+      if (rows == 5) f(Int<5>{}, i);
+      if (rows == 4) f(Int<4>{}, i);
+    }
+    if constexpr (Most >= 3)
+      if (rows == 3) f(Int<3>{}, i);
+    if (rows == 2) f(Int<2>{}, i);
+    if (rows == 1) f(Int<1>{}, i);
+    i += rows;
+  }
+}
+
+// Calls f(Int<N>, block) for each group of N <= U blocks: whole groups of U, then the rest, in [block, end).
+template <int U, class F>
+FASTRNN_INLINE void over_groups(int64_t block, int64_t end, const F& f) {
+  for (; block + U <= end; block += U) f(Int<U>{}, block);
+  if constexpr (U > 1) over_groups<(U > 2 ? 2 : 1)>(block, end, f);
 }

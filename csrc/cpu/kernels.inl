@@ -11,6 +11,7 @@
 
 #include "../cells.h"
 #include "dispatch.h"
+#include "plan.h"
 #include "workspace.h"
 
 namespace fastrnn::FASTRNN_NAMESPACE {
@@ -27,13 +28,14 @@ constexpr int tile_rows = 2;
 
 // clang-format off: each builds on the one before
 #include "vec.h"
+#include "team.h"
 #include "storage.h"
 #include "gemm.h"
 #include "pack.h"
 #include "layer.h"
 #include "forward.h"
+#include "gradients.h"
 #include "backward.h"
-#include "row_sums.h"
 // clang-format on
 
 template <template <class, class> class Pass, class Problem>
@@ -50,13 +52,6 @@ void run_pass(const Problem& problem, const Team& team) {
 
 void run_forward(const Forward& problem, const Team& team) { run_pass<ForwardPass>(problem, team); }
 void run_backward(const Backward& problem, const Team& team) { run_pass<BackwardPass>(problem, team); }
-
-void run_row_sums(const RowSum* sums, int count, int64_t N, Dtype compute, const Team& team) {
-  if (compute == Dtype::f64)
-    RowSums<f64>{sums, count, N}.run(team);
-  else
-    RowSums<f32>{sums, count, N}.run(team);
-}
 
 template <class V>
 void activate(int function, const void* from, void* to, int64_t n) {
@@ -79,7 +74,6 @@ void run_activation(int function, Dtype dtype, const void* x, void* y, int64_t n
 
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
-const Kernels table = {
-    FASTRNN_NAME(FASTRNN_NAMESPACE), f32::lanes, run_forward, run_backward, run_row_sums, run_activation};
+const Kernels table = {FASTRNN_NAME(FASTRNN_NAMESPACE), f32::lanes, run_forward, run_backward, run_activation};
 
 }  // namespace fastrnn::FASTRNN_NAMESPACE

@@ -14,45 +14,49 @@ struct Carve {
 
 FASTRNN_INLINE int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
-// Stored row of (t, b) in the tape and the gradient operands.
-FASTRNN_INLINE int64_t stored_row(const Layer& p, int64_t t, int64_t b) {
-  return (p.first_row ? p.first_row[t] : t * p.B) + b;
-}
-FASTRNN_INLINE int64_t stored_rows(const Layer& p) { return p.first_row ? p.first_row[p.T] : p.T * p.B; }
-
-// Element offset of row (t, b) of a [T, B, features] tensor.
-template <class R>
-FASTRNN_INLINE int64_t row_offset(const Layer& p, const R& rows, int64_t t, int64_t b) {
-  return (p.first_row ? p.first_row[t] * rows.row : t * rows.step) + b * rows.row;
-}
-
+// Stored row of (t, rank 0): the tape and the gradient operands hold stored rows.
+FASTRNN_INLINE int64_t stored_row(const Layer& p, int64_t t) { return p.first_row ? p.first_row[t] : t * p.B; }
+FASTRNN_INLINE int64_t stored_rows(const Layer& p) { return stored_row(p, p.T); }
+// The ranks below this are active at step t.
+FASTRNN_INLINE int64_t active_rows(const Layer& p, int64_t t) { return stored_row(p, t + 1) - stored_row(p, t); }
+FASTRNN_INLINE int64_t row_of(const Layer& p, int64_t rank) { return p.order ? p.order[rank] : rank; }
 FASTRNN_INLINE int64_t length_of(const Layer& p, int64_t b) { return p.lengths ? p.lengths[b] : p.T; }
 
-FASTRNN_INLINE bool reset_at(const Layer& p, int64_t t, int64_t b) {
-  return p.reset[t * p.reset_step + b * p.reset_row];
+// Element offset of row b at step t of a [T, B, features] tensor.
+template <class R>
+FASTRNN_INLINE int64_t row_offset(const Layer& p, const R& rows, int64_t t, int64_t b) {
+  return p.packed ? (p.first_row[t] + b) * rows.row : t * rows.step + b * rows.row;
 }
 
 // Whether the state that enters step t of row b in direction d starts from zero. Only asked of active steps.
 FASTRNN_INLINE bool is_cut(const Layer& p, int d, int64_t t, int64_t b) {
   if (p.reset == nullptr) return false;
-  if (d == 0) return reset_at(p, t, b);
-  return t + 1 < length_of(p, b) && reset_at(p, t + 1, b);
+  if (d == 0) return p.reset[t * p.reset_step + b * p.reset_row];
+  return t + 1 < length_of(p, b) && p.reset[(t + 1) * p.reset_step + b * p.reset_row];
 }
 
-// The rows of one slice in one direction, and how many of them are active at a step: rows are sorted longest first, so
-// the active ones are the first `active` of them. Steps are visited in order, up or down.
-struct Active {
-  const Layer& p;
-  const int64_t* order;
-  int64_t n;
-  int64_t active;
+// The rows of one slice: ranks base + i * step, i < count. Neighbours where all rows are equally long, else dealt out
+// in turn, so that every slice has its share of long rows.
+struct Slice {
+  int64_t base, step, count;
 
-  Active(const Layer& layer, const int64_t* rows, int64_t count) : p(layer), order(rows), n(count), active(count) {}
-  int64_t at(int64_t t) {
-    if (p.lengths == nullptr) return n;
-    while (active > 0 && p.lengths[order[active - 1]] <= t) --active;
-    while (active < n && p.lengths[order[active]] > t) ++active;
-    return active;
+  Slice(const Layer& p, int slices, int s) {
+    if (p.first_row) {
+      base = s;
+      step = slices;
+      count = s < p.B ? ceil_div(p.B - s, slices) : 0;
+    } else {
+      base = share_of(p.B, s, slices);
+      step = 1;
+      count = share_of(p.B, s + 1, slices) - base;
+    }
+  }
+  int64_t rank(int64_t i) const { return base + i * step; }
+  // How many rows, the first ones, are active at step t.
+  int64_t active(const Layer& p, int64_t t) const {
+    if (p.first_row == nullptr) return count;
+    const int64_t all = active_rows(p, t);
+    return all > base ? ceil_div(all - base, step) : 0;
   }
 };
 
@@ -62,16 +66,10 @@ static int64_t group_count(const Packed<V, G>& m) {
   return ceil_div(m.blocks, Packed<V, G>::U);
 }
 
-template <class F>
-static void run_team(const Team& team, int64_t n, const F& f) {
-  if (team.size <= 1 || n <= 1) {
-    f(int64_t(0), n);
-    return;
-  }
-  team.run(
-      team.context, n,
-      [](void* argument, int64_t begin, int64_t end) { (*static_cast<const F*>(argument))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&f)));
+// The blocks of part `i` of n: whole groups.
+template <class V, int G>
+static int64_t first_block(const Packed<V, G>& m, int64_t i, int64_t n) {
+  return smaller(share_of(group_count(m), i, n) * Packed<V, G>::U, m.blocks);
 }
 
 FASTRNN_INLINE const char* bytes(const void* p) { return static_cast<const char*>(p); }
@@ -82,12 +80,37 @@ FASTRNN_INLINE void zero(T* p, int64_t n) {
   __builtin_memset(p, 0, size_t(n) * sizeof(T));
 }
 
-// Rows order[0, n) of direction d of a [D, B, width] tensor, `padded` values apart; zero where there is no tensor.
-template <class T>
-static void load_state(const Layer& p, const Storage<T>& storage, const void* from, int d, const int64_t* order,
-                       int64_t n, int64_t width, int64_t padded, T* to) {
-  zero(to, n * padded);
-  if (from == nullptr) return;
-  for (int64_t i = 0; i < n; ++i)
-    storage.widen(bytes(from) + (d * p.B + order[i]) * width * storage.size, to + i * padded, width);
+// Row b of direction d of a [D, B, width] tensor as `padded` values; zero where there is no tensor.
+template <class V>
+static void load_row(const Layer& p, const Storage<V>& storage, const void* from, int d, int64_t b, int64_t width,
+                     int64_t padded, typename V::T* to) {
+  zero(to, padded);
+  if (from) storage.widen(bytes(from) + (d * p.B + b) * width * storage.size, to, width);
 }
+
+// One thread carries out f(worker) for its workers [begin, end) and lets everyone catch up.
+struct Meeting {
+  Barrier* barriers;  // one for all workers, then one for each slice of each direction
+  const Split& split;
+
+  void everyone(int64_t begin, int64_t end) const {
+    if (split.workers > 1) wait(barriers[0], arrive(barriers[0], int(end - begin), split.workers));
+  }
+  // The parts of each slice; workers [begin, end) of them.
+  void parts(int64_t begin, int64_t end) const {
+    const int64_t last = smaller(end, split.recurrent());
+    const auto end_of_slice = [&](int64_t w) { return smaller(last, (w / split.parts + 1) * split.parts); };
+    // Arrive everywhere before waiting anywhere. A slice that a thread has whole needs no barrier.
+    int epoch[2] = {};
+    Barrier* unfinished[2];
+    int n = 0;
+    for (int64_t w = begin; w < last; w = end_of_slice(w)) {
+      const int here = int(end_of_slice(w) - w);
+      if (here == split.parts) continue;
+      unfinished[n] = &barriers[1 + w / split.parts];  // only the first and the last slice of a thread can be shared
+      epoch[n] = arrive(*unfinished[n], here, split.parts);
+      ++n;
+    }
+    for (int i = 0; i < n; ++i) wait(*unfinished[i], epoch[i]);
+  }
+};

@@ -64,7 +64,7 @@ static void pack_columns(const typename V::T* const* rows, int64_t n, int64_t K,
 
 // Columns that stay rows: out[k * ld + lane] for n of the lanes, the others zero.
 template <class V>
-static void pack_rows(const Source& from, const Storage<typename V::T>& storage, int64_t unit, int64_t n, int64_t K,
+static void pack_rows(const Source& from, const Storage<V>& storage, int64_t unit, int64_t n, int64_t K,
                       typename V::T* out, int64_t ld) {
   using T = typename V::T;
   constexpr int W = V::lanes;
@@ -86,8 +86,8 @@ static void pack_rows(const Source& from, const Storage<typename V::T>& storage,
 // The n rows of a transposed source that are the columns of gate g from `unit` on, widened into scratch (lanes * K
 // values) where the storage is narrower.
 template <class V>
-static void weight_rows(const Source& from, const Storage<typename V::T>& storage, int g, int64_t unit, int64_t n,
-                        int64_t K, const typename V::T** rows, typename V::T* scratch) {
+static void weight_rows(const Source& from, const Storage<V>& storage, int g, int64_t unit, int64_t n, int64_t K,
+                        const typename V::T** rows, typename V::T* scratch) {
   using T = typename V::T;
   const char* data = static_cast<const char*>(from.data);
   for (int64_t lane = 0; lane < n; ++lane) {
@@ -103,8 +103,8 @@ static void weight_rows(const Source& from, const Storage<typename V::T>& storag
 // Packs the group of `blocks` blocks that begins at block `first` into `group`. scratch: lanes * K values, when the
 // source is transposed and its storage narrower.
 template <class V, int G>
-static void pack_group(const Source& from, const Storage<typename V::T>& storage, int64_t K, int64_t first,
-                       int64_t blocks, typename V::T* group, typename V::T* scratch) {
+static void pack_group(const Source& from, const Storage<V>& storage, int64_t K, int64_t first, int64_t blocks,
+                       typename V::T* group, typename V::T* scratch) {
   using T = typename V::T;
   constexpr int W = V::lanes;
   const int64_t N = blocks * G;
@@ -125,7 +125,7 @@ static void pack_group(const Source& from, const Storage<typename V::T>& storage
 
 // Packs group number `index` of a matrix, cut as over_groups cuts it: the last U - 1 blocks or fewer make small groups.
 template <class V, int G>
-static void pack(const Packed<V, G>& to, const Source& from, const Storage<typename V::T>& storage, int64_t index,
+static void pack(const Packed<V, G>& to, const Source& from, const Storage<V>& storage, int64_t index,
                  typename V::T* scratch) {
   constexpr int U = Packed<V, G>::U;
   const int64_t end = smaller((index + 1) * U, to.blocks);
@@ -140,7 +140,7 @@ static void pack(const Packed<V, G>& to, const Source& from, const Storage<typen
 // The group that begins at `block`: of the packed matrix, or, when it was not packed because every group is used once,
 // packed now into `panel` (room for a group). Either way the same numbers.
 template <class V, int G>
-static const typename V::T* group_at(const Packed<V, G>& m, const Source& from, const Storage<typename V::T>& storage,
+static const typename V::T* group_at(const Packed<V, G>& m, const Source& from, const Storage<V>& storage,
                                      int64_t block, int64_t blocks, typename V::T* panel, typename V::T* scratch) {
   if (m.data) return m.data + block * G * V::lanes * m.K;
   pack_group<V, G>(from, storage, m.K, block, blocks, panel, scratch);
@@ -155,7 +155,7 @@ constexpr int64_t dot_rows = f32::lanes > 1 ? 4 : 0;
 // a dot product takes every lanes-th k from i on; the lanes are added as a tree. scratch as for pack_group.
 template <int G, int M, int N, class V>
 static void dot_group(V (&sum)[M][N], const typename V::T* a, int64_t lda, const Source& from,
-                      const Storage<typename V::T>& storage, int64_t K, int64_t first, typename V::T* scratch) {
+                      const Storage<V>& storage, int64_t K, int64_t first, typename V::T* scratch) {
   using T = typename V::T;
   constexpr int W = V::lanes;
   for (int v = 0; v < N; ++v) {

@@ -5,6 +5,7 @@
 // max(bound, x) and min(bound, x) return x when x is NaN. scale(x, n) = x * 2^n, for integral n, down to denormals.
 
 #define FASTRNN_INLINE static inline __attribute__((always_inline))
+#define FASTRNN_MEMBER inline __attribute__((always_inline))
 
 #if defined(FASTRNN_ISA_AVX512)
 
@@ -271,9 +272,6 @@ struct Lane {
 using f32 = Lane<float, uint32_t, 23, 127>;
 using f64 = Lane<double, uint64_t, 52, 1023>;
 
-#endif
-
-// 16-bit storage one value at a time: tails, and the scalar tier.
 FASTRNN_INLINE float float_from_bits(uint32_t bits) {
   float x;
   __builtin_memcpy(&x, &bits, 4);
@@ -309,3 +307,10 @@ FASTRNN_INLINE uint16_t to_f16(float x) {
   }
   return uint16_t(sign | ((magnitude - ((127 - 15) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13));
 }
+
+FASTRNN_INLINE f32 load_bf16(const uint16_t* p) { return {from_bf16(*p)}; }
+FASTRNN_INLINE f32 load_f16(const uint16_t* p) { return {from_f16(*p)}; }
+FASTRNN_INLINE void store_bf16(uint16_t* p, f32 x) { *p = to_bf16(x.v); }
+FASTRNN_INLINE void store_f16(uint16_t* p, f32 x) { *p = to_f16(x.v); }
+
+#endif

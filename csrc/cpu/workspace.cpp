@@ -1,17 +1,43 @@
-// The per-thread scratch arena, and the cut of a batch into slices of rows.
+// The arenas, the blocks, and the lists of them all, so that their size can be asked for and their memory given back.
 #include "workspace.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
+#include <vector>
+
+#define FASTRNN_EXPORT __attribute__((visibility("default")))
 
 namespace fastrnn {
 
 namespace {
 
-constexpr size_t kept_bytes = size_t(64) << 20;
+constexpr size_t kept_bytes = size_t(64) << 20;         // of one arena
+constexpr size_t kept_block_bytes = size_t(256) << 20;  // of all blocks
+
+// Large pieces begin at a huge page and ask for more of them.
+void* allocate(size_t bytes) {
+  constexpr size_t huge = size_t(2) << 20;
+  const size_t alignment = bytes >= 2 * huge ? huge : 64;
+  void* data = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  if (data == nullptr) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (alignment == huge) madvise(data, bytes / huge * huge, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
+}  // namespace
 
 struct Arena {
+  std::mutex busy;  // held while a kernel runs
   void* data = nullptr;
   size_t size = 0;
 
@@ -20,64 +46,134 @@ struct Arena {
     data = nullptr;
     size = 0;
     if (bytes == 0) return;
-    data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (data == nullptr) throw std::bad_alloc();
+    data = allocate(bytes);
     size = bytes;
   }
   ~Arena() { std::free(data); }
 };
 
-thread_local Arena arena;
+namespace {
+
+// Arenas of the living threads. Never destroyed: threads may end after the library's statics.
+struct Registry {
+  std::mutex mutex;
+  std::vector<Arena*> arenas;
+};
+Registry& registry() {
+  static Registry* all = new Registry;
+  return *all;
+}
+
+struct Owner {
+  std::unique_ptr<Arena> arena{new Arena};
+  Owner() {
+    std::lock_guard<std::mutex> lock(registry().mutex);
+    registry().arenas.push_back(arena.get());
+  }
+  ~Owner() {
+    std::lock_guard<std::mutex> lock(registry().mutex);
+    auto& all = registry().arenas;
+    all.erase(std::remove(all.begin(), all.end(), arena.get()), all.end());
+  }
+};
+
+// Blocks that nobody uses, the one given back last at the end. A block knows its size: it lies before the data.
+struct Blocks {
+  std::mutex mutex;
+  std::vector<char*> idle;
+  size_t bytes = 0;
+};
+Blocks& blocks() {
+  static Blocks* all = new Blocks;
+  return *all;
+}
+constexpr size_t block_header = 64;
+size_t& block_size(char* block) { return *reinterpret_cast<size_t*>(block); }
 
 }  // namespace
 
-void* workspace(size_t bytes) {
-  if (arena.size < bytes) arena.resize(std::max(bytes, std::min(2 * arena.size, kept_bytes)));
-  return arena.data;
-}
-
-void trim_workspace() {
-  if (arena.size > kept_bytes) arena.resize(0);
-}
-
-int slice_count(const Layer& p, const CellTraits& cell, int team_size) {
-  // Starting a team costs about a microsecond: below this much arithmetic one thread is done sooner.
-  constexpr double worthwhile = 4e5;
-  const double operations =
-      2.0 * double(p.T) * double(p.B) * double(p.D) * double(cell.gates) * double(p.H) * double(p.I + p.P);
-  if (team_size <= 1 || p.B == 0 || operations < worthwhile) return 1;
-  const int per_direction = team_size % p.D == 0 ? team_size / p.D : team_size;
-  return int(std::min<int64_t>(per_direction, p.B));
-}
-
-size_t slices_size(const Layer& p, int count) {
-  return sizeof(int64_t) * size_t(count + 1 + 2 * p.B + (p.lengths ? p.T + 2 : 0));
-}
-
-Slices cut_slices(const Layer& p, int count, void* memory) {
-  Slices s;
-  s.count = count;
-  s.first = static_cast<int64_t*>(memory);
-  s.order = s.first + count + 1;
-  s.longest = 0;
-  for (int i = 0; i <= count; ++i) s.first[i] = p.B * i / count;
-  for (int i = 0; i < count; ++i) s.longest = std::max(s.longest, s.first[i + 1] - s.first[i]);
-  if (p.lengths == nullptr) {
-    for (int64_t b = 0; b < p.B; ++b) s.order[b] = b;
-    return s;
+void* take_block(size_t bytes) {
+  bytes += block_header;
+  Blocks& all = blocks();
+  // Never wait: a process that forked while another thread was here would wait for ever.
+  std::unique_lock<std::mutex> mine(all.mutex, std::try_to_lock);
+  if (mine) {
+    // The smallest that fits, if not much of it is wasted.
+    auto best = all.idle.end();
+    for (auto at = all.idle.begin(); at != all.idle.end(); ++at)
+      if (block_size(*at) >= bytes && block_size(*at) <= bytes + bytes / 4 &&
+          (best == all.idle.end() || block_size(*at) <= block_size(*best)))
+        best = at;
+    if (best != all.idle.end()) {
+      char* block = *best;
+      all.idle.erase(best);
+      all.bytes -= block_size(block);
+      return block + block_header;
+    }
   }
-  // Longest first by counting, then dealt out in turn so that every slice gets its share of long rows.
-  int64_t* sorted = s.order + p.B;
-  int64_t* place = sorted + p.B;  // [T + 2]
-  std::fill(place, place + p.T + 2, 0);
-  for (int64_t b = 0; b < p.B; ++b) ++place[p.T - p.lengths[b] + 1];
-  for (int64_t i = 1; i < p.T + 2; ++i) place[i] += place[i - 1];
-  for (int64_t b = 0; b < p.B; ++b) sorted[place[p.T - p.lengths[b]]++] = b;
-  int64_t dealt = 0;
-  for (int64_t round = 0; dealt < p.B; ++round)
-    for (int i = 0; i < count; ++i)
-      if (s.first[i] + round < s.first[i + 1]) s.order[s.first[i] + round] = sorted[dealt++];
-  return s;
+  char* block = static_cast<char*>(allocate(bytes));
+  block_size(block) = bytes;
+  return block + block_header;
+}
+
+void give_block(void* data) {
+  char* block = static_cast<char*>(data) - block_header;
+  Blocks& all = blocks();
+  std::unique_lock<std::mutex> mine(all.mutex, std::try_to_lock);
+  if (!mine || block_size(block) > kept_block_bytes) {
+    std::free(block);
+    return;
+  }
+  all.idle.push_back(block);
+  all.bytes += block_size(block);
+  size_t oldest = 0;
+  for (; all.bytes > kept_block_bytes; ++oldest) {
+    all.bytes -= block_size(all.idle[oldest]);
+    std::free(all.idle[oldest]);
+  }
+  all.idle.erase(all.idle.begin(), all.idle.begin() + ptrdiff_t(oldest));
+}
+
+Workspace::Workspace() {
+  static thread_local Owner owner;
+  arena_ = owner.arena.get();
+  arena_->busy.lock();
+}
+
+Workspace::~Workspace() {
+  if (arena_->size > kept_bytes) arena_->resize(0);
+  arena_->busy.unlock();
+}
+
+void* Workspace::reserve(size_t bytes) {
+  if (arena_->size < bytes) arena_->resize(std::max(bytes, std::min(2 * arena_->size, kept_bytes)));
+  return arena_->data;
+}
+
+FASTRNN_EXPORT size_t workspace_bytes() {
+  std::lock_guard<std::mutex> lock(registry().mutex);
+  size_t bytes = 0;
+  for (Arena* arena : registry().arenas) {
+    std::unique_lock<std::mutex> idle(arena->busy, std::try_to_lock);
+    if (idle) bytes += arena->size;
+  }
+  std::lock_guard<std::mutex> mine(blocks().mutex);
+  return bytes + blocks().bytes;
+}
+
+FASTRNN_EXPORT size_t release_workspace() {
+  std::lock_guard<std::mutex> lock(registry().mutex);
+  size_t bytes = 0;
+  for (Arena* arena : registry().arenas) {
+    std::unique_lock<std::mutex> idle(arena->busy, std::try_to_lock);
+    if (!idle) continue;
+    bytes += arena->size;
+    arena->resize(0);
+  }
+  std::lock_guard<std::mutex> mine(blocks().mutex);
+  for (char* block : blocks().idle) std::free(block);
+  blocks().idle.clear();
+  return bytes + std::exchange(blocks().bytes, 0);
 }
 
 }  // namespace fastrnn

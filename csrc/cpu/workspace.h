@@ -1,31 +1,35 @@
-// Scratch memory of the kernels, and the order in which rows are worked on. Baseline code: no vector instructions here.
+// Memory of the kernels that outlives a call: one scratch arena per calling thread, and blocks for the tapes that wait
+// for backward. Both are kept for the next call, up to a bound: fresh memory costs a page fault for every 4 KiB, which
+// is more than the arithmetic of a small layer.
 #pragma once
 
 #include <cstddef>
 
-#include "../problem.h"
-
 namespace fastrnn {
 
-// At least `bytes` bytes, 64-byte aligned, kept by the calling thread for its next call; throws std::bad_alloc.
-// The contents are whatever the last call left.
-void* workspace(size_t bytes);
-// Gives memory above a fixed bound back to the system; call when a kernel is done.
-void trim_workspace();
+// The calling thread's arena for the length of one kernel. Throws std::bad_alloc.
+class Workspace {
+ public:
+  Workspace();
+  ~Workspace();  // gives memory above a fixed bound back to the system
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
 
-// Cuts the rows of a layer into slices that are worked on independently, about as many per direction as keep the team
-// busy: order[first[s]] to order[first[s + 1] - 1] are the rows of slice s, longest first, so that the rows still
-// active at any step are a prefix. Every row is in exactly one slice. Results do not depend on the cut.
-struct Slices {
-  int count;
-  int64_t longest;  // rows of the largest slice
-  int64_t* first;   // [count + 1]
-  int64_t* order;   // [B]
+  // At least `bytes` bytes, 64-byte aligned; the contents are whatever the last call left. Once per kernel.
+  void* reserve(size_t bytes);
+
+ private:
+  struct Arena* arena_;
 };
 
-int slice_count(const Layer& layer, const CellTraits& cell, int team_size);
-// memory: slices_size(layer, count) bytes.
-size_t slices_size(const Layer& layer, int count);
-Slices cut_slices(const Layer& layer, int count, void* memory);
+// A block of at least `bytes` bytes, 64-byte aligned, contents undefined; throws std::bad_alloc. Give it back to
+// give_block, from any thread.
+void* take_block(size_t bytes);
+void give_block(void* block);
+
+// Bytes kept for later calls, all threads together. What a running kernel or a living tape uses is not counted.
+size_t workspace_bytes();
+// Gives them back to the system; returns how many.
+size_t release_workspace();
 
 }  // namespace fastrnn

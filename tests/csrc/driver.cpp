@@ -1,10 +1,10 @@
 // Tests of the torch-free kernels, for sanitizers: no Python, no torch, std::thread as the team.
 //
 //   driver ulp [STRIDE]   sigmoid and tanh of every tier, every STRIDE-th float: at most 2 ulp; NaN, inf and zero exact
-//   driver gradient       dx, dh0 and dc0 against central differences in double, every cell and tier
+//   driver gradient       every gradient against central differences in double, every cell and tier
 //   driver layers [N]     N random layers (ragged, packed, reset, projected, 16-bit): exact-size buffers filled with
-//                         garbage, finite results, tiers agree, one thread and many give the same bits
-//   driver row_sums [N]   N random weight and bias sums against plain loops
+//                         garbage, finite results, tiers agree, one thread and many give the same bits however the work
+//                         is shared out
 // Exits 0 when all holds; else says what failed and exits 1.
 #include <algorithm>
 #include <cmath>
@@ -19,6 +19,7 @@
 
 #include "../../csrc/cells.h"
 #include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/cpu/plan.h"
 
 using namespace fastrnn;
 
@@ -188,10 +189,11 @@ struct Case {
   Layer layer;
   bool projected = false, all_states = false;
   Buffer x, h0, c0, reset, weights[2][5], dy, dh_n, dc_n, dh_all, dc_all;
-  std::vector<int64_t> lengths, first_row;
-  int64_t rows = 0;
+  std::vector<int64_t> lengths, first_row, order;
+  int64_t rows = 0;    // of x and y: stored rows when packed
+  int64_t stored = 0;  // of the tape
 
-  int64_t tape() const { return cell.tape * layer.H + (projected ? layer.P : 0); }
+  int64_t tape() const { return tape_width(cell, layer.H, layer.P, projected); }
   Dtype compute() const { return layer.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 };
 
@@ -219,16 +221,20 @@ Case random_case(bool tiny) {
     if (packed) p.T = c.lengths[0];
     p.lengths = c.lengths.data();
   }
-  c.rows = p.T * p.B;
-  if (packed) {
+  c.rows = c.stored = p.T * p.B;
+  if (ragged) {
     c.first_row.assign(1, 0);
-    for (int64_t t = 0; t < p.T; ++t) {
-      int64_t n = 0;
-      while (n < p.B && c.lengths[size_t(n)] > t) ++n;
-      c.first_row.push_back(c.first_row.back() + n);
-    }
-    c.rows = c.first_row.back();
+    for (int64_t t = 0; t < p.T; ++t)
+      c.first_row.push_back(c.first_row.back() + std::count_if(c.lengths.begin(), c.lengths.end(),
+                                                               [&](int64_t length) { return length > t; }));
+    c.stored = c.first_row.back();
     p.first_row = c.first_row.data();
+    p.packed = packed;
+    if (packed) c.rows = c.stored;
+    for (int64_t b = 0; b < p.B; ++b) c.order.push_back(b);
+    std::stable_sort(c.order.begin(), c.order.end(),
+                     [&](int64_t a, int64_t b) { return c.lengths[size_t(a)] > c.lengths[size_t(b)]; });
+    p.order = packed ? nullptr : c.order.data();
   }
   if (integer(0, 1)) {
     c.reset = Buffer(p.T * p.B);
@@ -269,7 +275,7 @@ Case random_case(bool tiny) {
 struct Results {
   std::vector<Buffer> buffers;
   std::vector<Dtype> dtypes;
-  enum { Y, HN, CN, HALL, CALL, TAPE, DX, DH0, DC0, DGATES, HPREV, DHOUT, HRAW, COUNT };
+  enum { Y, HN, CN, HALL, CALL, TAPE, DX, DH0, DC0, WEIGHTS, COUNT = WEIGHTS + 10 };  // 5 for each direction
 };
 
 Team threads(int size) {
@@ -288,7 +294,8 @@ Team threads(int size) {
 Results run(const Kernels& k, Case& c, const Team& team) {
   const Layer& p = c.layer;
   const Dtype dt = p.dtype, compute = c.compute();
-  const int64_t s = width_of(dt), w = width_of(compute), DB = p.D * p.B, DR = p.D * c.rows;
+  const int64_t s = width_of(dt), w = width_of(compute), DB = p.D * p.B, GH = c.cell.gates * p.H;
+  const bool wide_dx = p.D == 2 && s == 2, bias = p.weights[0].b_ih != nullptr;
   const bool has_c = c.cell.has_c;
   Results r;
   const int64_t sizes[] = {c.rows * p.D * p.P * s,
@@ -296,17 +303,16 @@ Results run(const Kernels& k, Case& c, const Team& team) {
                            has_c ? DB * p.H * s : 0,
                            c.all_states ? DB * p.T * p.P * s : 0,
                            c.all_states && has_c ? DB * p.T * p.H * s : 0,
-                           DR * c.tape() * w,
-                           c.rows * p.I * s,
+                           p.D * c.stored * c.tape() * w,
+                           c.rows * p.I * (wide_dx ? w : s),
                            DB * p.P * s,
-                           has_c ? DB * p.H * s : 0,
-                           DR * c.cell.slots * p.H * w,
-                           DR * p.P * w,
-                           c.projected ? DR * p.P * w : 0,
-                           c.projected ? DR * p.H * w : 0};
+                           has_c ? DB * p.H * s : 0};
+  const int64_t weights[] = {GH * p.I * w, GH * p.P * w, bias ? GH * w : 0, bias ? GH * w : 0,
+                             c.projected ? p.P * p.H * w : 0};
   for (int i = 0; i < Results::COUNT; ++i) {
-    r.buffers.emplace_back(sizes[i]);
-    r.dtypes.push_back(i == Results::TAPE || i >= Results::DGATES ? compute : dt);
+    const int64_t k = i - Results::WEIGHTS;
+    r.buffers.emplace_back(k < 0 ? sizes[i] : k / 5 < p.D ? weights[k % 5] : 0);
+    r.dtypes.push_back(i == Results::TAPE || k >= 0 || (i == Results::DX && wide_dx) ? compute : dt);
   }
   auto at = [&](int i) { return r.buffers[size_t(i)].data(); };
   Forward f;
@@ -318,13 +324,15 @@ Results run(const Kernels& k, Case& c, const Team& team) {
   f.c_all = at(Results::CALL);
   f.tape = at(Results::TAPE);
   k.forward(f, team);
-  // Rows past a length are nobody's: make the tape's comparable.
-  if (p.lengths && !p.first_row)
-    for (int d = 0; d < p.D; ++d)
-      for (int64_t t = 0; t < p.T; ++t)
-        for (int64_t b = 0; b < p.B; ++b)
-          if (t >= p.lengths[b])
-            std::memset(static_cast<char*>(f.tape) + ((d * p.T + t) * p.B + b) * c.tape() * w, 0, size_t(c.tape() * w));
+  // What pads the tape's blocks is nobody's: make it comparable.
+  const int64_t block = padded_to_tape_block(p.H);
+  for (int64_t row = 0; row < p.D * c.stored; ++row)
+    for (int64_t k = 0; k <= c.cell.tape; ++k) {
+      const int64_t width = k < c.cell.tape ? p.H : p.P, end = k < c.cell.tape ? block : c.tape() - k * block;
+      if (end > 0)
+        std::memset(static_cast<char*>(f.tape) + (row * c.tape() + k * block + width) * w, 0,
+                    size_t((end - width) * w));
+    }
   Backward g;
   static_cast<Layer&>(g) = p;
   g.tape = at(Results::TAPE);
@@ -336,10 +344,11 @@ Results run(const Kernels& k, Case& c, const Team& team) {
   g.dx = {at(Results::DX), p.B * p.I, p.I};
   g.dh0 = at(Results::DH0);
   g.dc0 = at(Results::DC0);
-  g.dgates = at(Results::DGATES);
-  g.h_prev = at(Results::HPREV);
-  g.dh_out = at(Results::DHOUT);
-  g.h_raw = at(Results::HRAW);
+  g.dx_is_compute = wide_dx;
+  for (int d = 0; d < p.D; ++d) {
+    const int first = Results::WEIGHTS + 5 * d;
+    g.gradients[d] = {at(first), at(first + 1), at(first + 2), at(first + 3), at(first + 4)};
+  }
   k.backward(g, team);
   return r;
 }
@@ -349,7 +358,7 @@ std::string describe(const Case& c) {
   char text[200];
   std::snprintf(text, sizeof text, "%s dtype %d T %ld B %ld I %ld H %ld P %ld D %d lengths %d packed %d reset %d hx %d",
                 c.cell.name, int(p.dtype), long(p.T), long(p.B), long(p.I), long(p.H), long(p.P), p.D,
-                p.lengths != nullptr, p.first_row != nullptr, p.reset != nullptr, p.h0 != nullptr);
+                p.lengths != nullptr, p.packed, p.reset != nullptr, p.h0 != nullptr);
   return text;
 }
 
@@ -361,7 +370,10 @@ void test_layers(int64_t n) {
     Results first;
     for (int k = 0; k < count; ++k) {
       Results one = run(*tables[k], c, threads(1));
-      Results many = run(*tables[k], c, threads(int(integer(2, 5))));
+      const char* splits[] = {"serial", "batch", "hidden", ""};
+      force_split(splits[integer(0, 3)]);
+      Results many = run(*tables[k], c, threads(int(integer(2, 6))));
+      force_split("");
       for (int b = 0; b < Results::COUNT; ++b) {
         const size_t at = size_t(b);
         EXPECT(one.buffers[at].bytes == many.buffers[at].bytes, "%s result %d: threads change bits: %s", tables[k]->isa,
@@ -385,48 +397,6 @@ void test_layers(int64_t n) {
     }
   }
   std::printf("%ld layers, %d tiers\n", long(n), count);
-}
-
-// --------------------------------------------------------------------------------------------------------- row sums
-
-// Weight and bias sums of every tier against plain loops, for one and for many threads.
-void test_row_sums(int64_t n) {
-  const Kernels* tables[8];
-  const int count = available(tables);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t N = integer(0, 3) ? integer(0, 40) : integer(500, 1100);
-    const int64_t rows = integer(1, 130), columns = integer(1, 90), ld_a = rows + integer(0, 9), ld_b = columns;
-    Buffer a = random_values(Dtype::f64, N * ld_a, 1), b = random_values(Dtype::f64, N * ld_b, 1);
-    std::vector<double> want_weight(size_t(rows * columns)), want_bias(static_cast<size_t>(rows));
-    for (int64_t k = 0; k < N; ++k)
-      for (int64_t r = 0; r < rows; ++r) {
-        const double left = value(a, Dtype::f64, k * ld_a + r);
-        want_bias[size_t(r)] += left;
-        for (int64_t c = 0; c < columns; ++c)
-          want_weight[size_t(r * columns + c)] += left * value(b, Dtype::f64, k * ld_b + c);
-      }
-    for (int k = 0; k < count; ++k) {
-      Buffer weight[2], bias[2];
-      for (int team = 0; team < 2; ++team) {
-        weight[team] = Buffer(rows * columns * 8);
-        bias[team] = Buffer(rows * 8);
-        RowSum sums[2];
-        sums[0] = {rows, columns, a.data(), ld_a, b.data(), ld_b, weight[team].data(), nullptr};
-        sums[1] = {rows, 0, a.data(), ld_a, nullptr, 0, nullptr, bias[team].data()};
-        tables[k]->row_sums(sums, 2, N, Dtype::f64, threads(team ? 3 : 1));
-      }
-      EXPECT(weight[0].bytes == weight[1].bytes && bias[0].bytes == bias[1].bytes, "%s: threads change bits",
-             tables[k]->isa);
-      const double bound = 1e-13 * double(N + 1);
-      for (size_t v = 0; v < want_weight.size(); ++v)
-        EXPECT(std::fabs(value(weight[0], Dtype::f64, int64_t(v)) - want_weight[v]) <= bound,
-               "%s weight %zu of %ld x %ld", tables[k]->isa, v, long(rows), long(columns));
-      for (size_t v = 0; v < want_bias.size(); ++v)
-        EXPECT(std::fabs(value(bias[0], Dtype::f64, int64_t(v)) - want_bias[v]) <= bound, "%s bias %zu of %ld",
-               tables[k]->isa, v, long(rows));
-    }
-  }
-  std::printf("%ld row sums, %d tiers\n", long(n), count);
 }
 
 // --------------------------------------------------------------------------------------------------------- gradient
@@ -457,9 +427,10 @@ void test_gradient(int64_t n) {
     const bool kinked = c.cell.kind == CellKind::rnn_relu;
     const Kernels& k = *tables[i % count];
     Results r = run(k, c, threads(1));
-    Buffer* inputs[] = {&c.x, &c.h0, &c.c0};
-    const int gradients[] = {Results::DX, Results::DH0, Results::DC0};
-    for (int q = 0; q < 3; ++q)
+    std::vector<Buffer*> inputs = {&c.x, &c.h0, &c.c0};
+    std::vector<int> gradients = {Results::DX, Results::DH0, Results::DC0};
+    for (int q = 0; q < 10; ++q) inputs.push_back(&c.weights[q / 5][q % 5]), gradients.push_back(Results::WEIGHTS + q);
+    for (size_t q = 0; q < inputs.size(); ++q)
       for (int64_t v = 0; v < int64_t(inputs[q]->bytes.size()) / 8; ++v) {
         double* at = reinterpret_cast<double*>(inputs[q]->bytes.data()) + v;
         const double kept = *at, step = 1e-6;
@@ -474,8 +445,8 @@ void test_gradient(int64_t n) {
         if (kinked && error > 1e-6) continue;  // a kink within the step
         if (error > worst) worst = error;
         ++compared;
-        EXPECT(error < 1e-6, "%s gradient %d[%ld]: %.12g, differences say %.12g: %s", k.isa, q, long(v), got, numeric,
-               describe(c).c_str());
+        EXPECT(error < 1e-6, "%s gradient %d[%ld]: %.12g, differences say %.12g: %s", k.isa, int(q), long(v), got,
+               numeric, describe(c).c_str());
       }
   }
   std::printf("%ld gradients, worst relative difference %.2e\n", long(compared), worst);
@@ -493,10 +464,8 @@ int main(int argc, char** argv) {
     test_gradient(n > 0 ? n : 60);
   else if (what == "layers")
     test_layers(n > 0 ? n : 100);
-  else if (what == "row_sums")
-    test_row_sums(n > 0 ? n : 100);
   else
-    return std::printf("usage: driver ulp | gradient | layers | row_sums [N]\n"), 2;
+    return std::printf("usage: driver ulp | gradient | layers [N]\n"), 2;
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures ? 1 : 0;
 }

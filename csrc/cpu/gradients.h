@@ -1,0 +1,81 @@
+// The gradients of weights, biases and input from a chunk of stored rows, in a fixed order.
+//
+// Own products, not a library's: a library's sums change bits with the number of threads, its precision follows
+// torch.set_float32_matmul_precision, which torch's RNNs do not read, and its threads are lost in a forked child.
+//
+// Both operands lie in blocks (gemm.h): the rows of a block follow each other, so a register tile of a weight gradient
+// streams through them without any packing. Chunks are added in the order in which the recurrence runs backward.
+
+template <class V>
+struct GradientTasks {
+  using T = typename V::T;
+  static constexpr int W = V::lanes;
+  static constexpr int tile_columns = 3;  // vectors; with half a block of rows, as many sums as the registers hold
+  static constexpr int half_block = W > 1 ? W / 2 : 1;
+  static constexpr int tile_units = half_block > 8 ? 8 : half_block;
+
+  // weight[i][j] += sum over rows of left(row, i) * right(row, j), bias[i] += sum of left(row, i); null: not wanted.
+  struct Sum {
+    const T* left;   // blocks of W columns, each [ld][W]
+    int64_t units;   // columns of left: rows of the gradient
+    const T* right;  // blocks as well
+    int64_t columns;
+    int64_t ld;  // rows that a block has room for
+    T* weight;   // [units][columns]
+    T* bias;     // [units]
+    int64_t tasks() const {
+      return weight || bias ? ceil_div(units, W) * larger(1, weight ? ceil_div(columns, tile_columns * W) : 1) : 0;
+    }
+  };
+
+  // Task `index` of a sum: one block of units by one group of columns, over `rows` rows. first: nothing is there yet.
+  static void run(const Sum& s, int64_t index, int64_t rows, bool first) {
+    const int64_t blocks = ceil_div(s.units, W), block = index % blocks, group = index / blocks;
+    const int64_t units = smaller(W, s.units - block * W);
+    const T* left = s.left + block * s.ld * W;
+    if (s.bias && group == 0) add_up(left, rows, units, first, s.bias + block * W);
+    if (s.weight == nullptr) return;
+    const int64_t vector = group * tile_columns, vectors = smaller(tile_columns, ceil_div(s.columns, W) - vector);
+    over_groups<tile_columns>(vector, vector + vectors, [&](auto n, int64_t v) {
+      constexpr int columns = decltype(n)::value;
+      over_rows<tile_units>(0, units, [&](auto m, int64_t i) {
+        multiply<decltype(m)::value, columns>(s, left + i, block * W + i, v, rows, first);
+      });
+    });
+  }
+
+ private:
+  template <int M, int U>
+  static void multiply(const Sum& s, const T* left, int64_t unit, int64_t vector, int64_t rows, bool first) {
+    V sum[M][U];
+    clear(sum);
+    const T* right = s.right + vector * s.ld * W;
+    for (int64_t k = 0; k < rows; k += k_run) {
+      V part[M][U];
+      clear(part);
+      accumulate(part, left + k * W, 1, W, right + k * W, W, s.ld * W, smaller(k_run, rows - k));
+      add(sum, part);
+    }
+    for (int r = 0; r < M; ++r)
+      for (int v = 0; v < U; ++v) {
+        const int64_t column = (vector + v) * W, n = s.columns - column;
+        T* to = s.weight + (unit + r) * s.columns + column;
+        if (n >= W)
+          (first ? sum[r][v] : V::load(to) + sum[r][v]).store(to);
+        else
+          (first ? sum[r][v] : V::load(to, int(n)) + sum[r][v]).store(to, int(n));
+      }
+  }
+
+  // Sums of sums of 16 rows: the error of a long sum stays small.
+  static void add_up(const T* left, int64_t rows, int64_t units, bool first, T* bias) {
+    V total = V::set(0);
+    for (int64_t outer = 0; outer < rows; outer += 16) {
+      V few = V::set(0);
+      for (int64_t i = outer; i < smaller(outer + 16, rows); ++i) few = few + V::load(left + i * W);
+      total = total + few;
+    }
+    if (!first) total = V::load(bias, int(units)) + total;
+    total.store(bias, int(units));
+  }
+};

@@ -1,0 +1,152 @@
+// The cost model behind choose_split, and what it knows of the machine.
+//
+// The constants are measured (AVX-512 and AVX2 machines, two cores; benchmarks --roofline shows this machine's). They
+// need not be exact: they only rank the ways of sharing a layer out.
+#include "plan.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+
+#define FASTRNN_EXPORT __attribute__((visibility("default")))
+
+namespace fastrnn {
+namespace {
+
+constexpr double start_us = 1.5;       // fork and join of a team that is awake
+constexpr double barrier_us = 0.15;    // two threads; each doubling adds as much
+constexpr double step_us = 0.03;       // a step's own bookkeeping
+constexpr double vector_gflops = 100;  // one core, float; half of it in double
+constexpr double scalar_gflops = 3;
+constexpr double l1_bytes = 28 * 1024, l1_gbs = 200, l2_gbs = 110, beyond_gbs = 40;
+constexpr double activation_ns = 8;  // a vector of sigmoid or tanh
+
+double l2_bytes() {
+  static const double size = [] {
+    long found = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? double(found) : 1024.0 * 1024.0;
+  }();
+  return size;
+}
+
+std::atomic<int> forced{0};  // index into names
+const char* const names[] = {"", "serial", "batch", "hidden"};
+
+struct Cost {
+  double us;
+  const char* limit;
+};
+
+// One step of `rows` rows of a share of `blocks` vectors of hidden units.
+Cost step_cost(const Layer& p, const CellTraits& cell, double rows, double blocks, int parts, int lanes, int bytes) {
+  const double gates = double(cell.gates) * blocks * lanes;
+  const double rate = (lanes > 1 ? vector_gflops : scalar_gflops) * (bytes == 8 ? 0.5 : 1) * 1e3;  // operations per us
+  const double weights = gates * double(p.P) * bytes, touched = weights + rows * double(p.P) * bytes;
+  const bool in_l1 = touched < l1_bytes, in_l2 = touched < 0.8 * l2_bytes();
+  const double stream = weights / ((in_l1 ? l1_gbs : in_l2 ? l2_gbs : beyond_gbs) * 1e3);
+  const double arithmetic = 2 * rows * gates * double(p.P) / rate;
+  const int per_unit = cell.has_c ? 5 : cell.gates;
+  const double activations = rows * blocks * per_unit * activation_ns * 1e-3 * (lanes > 1 ? 1 : 0.4);
+  const double wait = parts > 1 ? barrier_us * std::log2(double(parts)) : 0;
+  const double input = 2 * rows * gates * double(p.I) / rate;
+  const double recurrent = std::max(stream, arithmetic);
+  const double largest = std::max({recurrent, activations, wait, input, step_us});
+  const char* limit = largest == wait                            ? "waiting at the barrier"
+                      : largest == activations                   ? "activations"
+                      : largest == step_us                       ? "a step's bookkeeping"
+                      : largest == input || arithmetic >= stream ? "arithmetic"
+                      : in_l1                                    ? "streaming the weights from L1"
+                      : in_l2                                    ? "streaming the weights from L2"
+                                                                 : "streaming the weights from beyond L2";
+  return {recurrent + activations + wait + input + step_us, limit};
+}
+
+int read_quota() {
+  const auto ratio = [](const char* path, const char* second) {
+    double quota = -1, period = 100000;
+    char word[32];
+    if (FILE* file = std::fopen(path, "r")) {
+      if (std::fscanf(file, "%31s", word) == 1 && std::strcmp(word, "max")) std::sscanf(word, "%lf", &quota);
+      if (second == nullptr && std::fscanf(file, "%lf", &period) != 1) period = 100000;
+      std::fclose(file);
+    }
+    if (second)
+      if (FILE* file = std::fopen(second, "r")) {
+        if (std::fscanf(file, "%lf", &period) != 1) period = 100000;
+        std::fclose(file);
+      }
+    return quota > 0 && period > 0 ? quota / period : -1.0;
+  };
+  double cpus = ratio("/sys/fs/cgroup/cpu.max", nullptr);
+  if (cpus < 0) cpus = ratio("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  return cpus < 0 ? 1 << 20 : std::max(1, int(std::floor(cpus + 0.5)));
+}
+
+}  // namespace
+
+FASTRNN_EXPORT int cpu_quota() {
+  static const int quota = read_quota();
+  return quota;
+}
+
+void yield_thread() { sched_yield(); }
+
+FASTRNN_EXPORT bool force_split(const char* name) {
+  for (int i = 0; i < 4; ++i)
+    if (!std::strcmp(names[i], name)) {
+      forced.store(i, std::memory_order_relaxed);
+      return true;
+    }
+  return false;
+}
+
+FASTRNN_EXPORT Split choose_split(const Layer& p, const CellTraits& cell, int threads, int lanes, int value_bytes,
+                                  int group_blocks) {
+  const double blocks = std::ceil(double(p.H) / lanes);
+  const int group = group_blocks;
+  const int most_parts = int(std::max(1.0, std::ceil(blocks / group)));
+  const double B = double(p.B), T = double(p.T);
+  const auto evaluate = [&](int directions, int slices, int parts) {
+    const Cost step =
+        step_cost(p, cell, std::ceil(B / slices), std::ceil(blocks / group / parts) * group, parts, lanes, value_bytes);
+    const int workers = directions * slices * parts;
+    return Cost{step.us * T * p.D / directions + (workers > 1 ? start_us : 0), step.limit};
+  };
+  Split best;
+  Cost cost = evaluate(1, 1, 1);
+  const auto consider = [&](int directions, int slices, int parts, bool must) {
+    const Cost found = evaluate(directions, slices, parts);
+    if (!must && found.us >= 0.95 * cost.us) return;
+    cost = found;
+    best.directions = directions;
+    best.slices = slices;
+    best.parts = parts;
+  };
+  threads = std::max(1, threads);
+  const int side_by_side = p.D == 2 && threads % 2 == 0 ? 2 : 1, share = threads / side_by_side;
+  const int wanted = forced.load(std::memory_order_relaxed);
+  if (wanted == 0 && threads > 1 && cost.us > 2 * start_us) {
+    best.workers = threads;
+    for (int directions = side_by_side; directions >= 1; --directions)
+      for (int parts = 1; parts <= std::min(share, most_parts); ++parts)
+        for (int slices = 1; slices * parts <= share && slices <= p.B; ++slices)
+          consider(directions, slices, parts, false);
+  } else if (wanted > 1 && threads > 1) {
+    best.workers = threads;
+    consider(side_by_side, wanted == 2 ? int(std::min<int64_t>(share, p.B)) : 1,
+             wanted == 3 ? std::min(share, most_parts) : 1, true);
+  }
+  best.limit = cost.limit;
+  best.step_us = cost.us / std::max(T, 1.0);
+  return best;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,36 @@
+// How the work of a layer is shared out among threads. Results do not depend on it: every number is computed whole, in
+// one order, by whoever gets it.
+#pragma once
+
+#include "../problem.h"
+
+namespace fastrnn {
+
+// The recurrence is cut three ways: directions (side by side, or one after the other by the same workers), slices of
+// the batch's rows (which never wait for each other) and parts of the hidden units (which meet at a barrier each step).
+struct Split {
+  int workers = 1;         // all of them: for what is not recurrent
+  int directions = 1;      // run side by side
+  int slices = 1;          // of the rows, in each direction
+  int parts = 1;           // of the hidden units, in each slice
+  const char* limit = "";  // what bounds a step, by the model
+  double step_us = 0;      // what a step should take, by the model
+
+  int recurrent() const { return directions * slices * parts; }  // workers of the recurrence
+};
+
+// What the choice depends on, beside the layer: `threads` at hand, the lanes of a vector, the bytes of a value, and how
+// many vectors of hidden units the kernel works on together (parts begin at such groups).
+Split choose_split(const Layer& layer, const CellTraits& cell, int threads, int lanes, int value_bytes,
+                   int group_blocks);
+
+// For tests and measurements: "serial", "batch", "hidden", or "" for the model's choice. False for another name.
+bool force_split(const char* name);
+
+// What the process may use at once by its control group; a large number without a quota. Spinning beyond it is waste.
+int cpu_quota();
+
+// Lets another thread run; for a barrier that has waited for long.
+void yield_thread();
+
+}  // namespace fastrnn
