@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -112,6 +115,32 @@ void activation(const std::string& function, const std::string& dtype, uintptr_t
                        reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n);
 }
 
+// What the tier in use reaches on the calling thread, in about 20 ms: "fma" in GF/s, "load" in GB/s over `bytes`.
+double limit(const std::string& what, int64_t bytes) {
+  if (what != "fma" && what != "load") throw py::value_error("what: expected 'fma' or 'load', got '" + what + "'");
+  if (what == "load" && bytes <= 0)
+    throw py::value_error("bytes: expected at least 1 for 'load', got " + std::to_string(bytes));
+  const py::gil_scoped_release others_run;  // so that one Python thread for each core measures them all at once
+  const Kernels& kernels = current();
+  const bool load = what == "load";
+  const int64_t line = 8 * kernels.float_lanes, n = load ? std::max<int64_t>(bytes / 4 / line, 1) * line : 0;
+  const std::vector<float> memory(n + 16, 1.0f);  // room to begin at a cache line: no load crosses two
+  const float* data = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / 4;
+  const double work = load ? 4.0 * double(n) : 2.0 * kernels.float_lanes * kernels.fma_chains;
+  volatile double used = 0;
+  const auto seconds = [&](int64_t repeats) {
+    const auto begin = std::chrono::steady_clock::now();
+    used = used + kernels.limit(load, data, n, repeats);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  };
+  int64_t repeats = 1;
+  double taken = seconds(repeats);  // also brings the buffer into the cache
+  while (taken < 2e-3) taken = seconds(repeats *= 2);
+  repeats = std::max<int64_t>(1, std::llround(double(repeats) * 4e-3 / taken));
+  for (int i = 0; i < 5; ++i) taken = i ? std::min(taken, seconds(repeats)) : seconds(repeats);
+  return work * double(repeats) / taken * 1e-9;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -129,5 +158,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_workspace", &release_workspace, "Gives that memory back; returns how many bytes it was.");
   m.def("activation", &activation, py::arg("function"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"),
         "Applies sigmoid or tanh of the tier in use to n values at address x, into address y; for the tests.");
+  m.def("limit", &limit, py::arg("what"), py::arg("bytes") = 0,
+        "The most one thread reaches here: 'fma' in GF/s, 'load' in GB/s over a buffer of that many bytes.");
   m.def("cells", &cells, "The cells and how their pre-activations are laid out (csrc/cells.h).");
 }

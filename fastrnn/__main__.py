@@ -1,4 +1,4 @@
-"""The command line: `python -m fastrnn info | check | demo`.
+"""The command line: `python -m fastrnn info | check | bench | demo`.
 
 Exit codes: 0 good, 1 a check failed, 2 the command line is wrong, 130 interrupted by Ctrl-C.
 """
@@ -14,7 +14,7 @@ import sys
 import torch
 
 import fastrnn
-from fastrnn import check, demo
+from fastrnn import bench, check, demo
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     for function, add_arguments, name, what in (
         (info, None, "info", "what this build holds and which kernels this machine runs"),
         (check.main, check.add_arguments, "check", "compare fastrnn with torch.nn on this machine, about a minute"),
+        (bench.main, bench.add_arguments, "bench", "time fastrnn beside torch.nn, ONNX Runtime and OpenVINO"),
         (
             demo.main,
             demo.add_arguments,

@@ -63,7 +63,7 @@ class Progress:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """First column to the left, the others to the right."""
+    """First column to the left, the others to the right. A cell that begins with ▼ is red on a terminal."""
     console = rich_console()
     if console is not None:
         from rich import box
@@ -73,7 +73,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         for i, name in enumerate(header):
             table.add_column(name, justify="right" if i else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(f"[red]{cell}[/red]" if cell.startswith("▼") else cell for cell in row))
         console.print(table)
         return
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]

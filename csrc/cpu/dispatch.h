@@ -8,10 +8,14 @@ namespace fastrnn {
 struct Kernels {
   const char* isa;  // "scalar", "avx2", "avx512"
   int float_lanes;  // floats per vector
+  int fma_chains;   // vectors that limit(0, ...) works on
   void (*forward)(const Forward&, const Team&);
   void (*backward)(const Backward&, const Team&);
   // y[i] = function(x[i]): 0 sigmoid, 1 tanh; float or double. For the accuracy tests.
   void (*activation)(int function, Dtype dtype, const void* x, void* y, int64_t n);
+  // The work by which this machine's limits are timed, on one thread: 0 `repeats` fma of each of fma_chains vectors,
+  // 1 `repeats` sums of n floats (a multiple of 8 vectors). What it returns means nothing, but must be used.
+  double (*limit)(int what, const float* data, int64_t n, int64_t repeats);
 };
 
 namespace scalar {

@@ -36,6 +36,7 @@ constexpr int tile_rows = 2;
 #include "forward.h"
 #include "gradients.h"
 #include "backward.h"
+#include "roofline.h"
 // clang-format on
 
 template <template <class, class> class Pass, class Problem>
@@ -74,6 +75,7 @@ void run_activation(int function, Dtype dtype, const void* x, void* y, int64_t n
 
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
-const Kernels table = {FASTRNN_NAME(FASTRNN_NAMESPACE), f32::lanes, run_forward, run_backward, run_activation};
+const Kernels table = {
+    FASTRNN_NAME(FASTRNN_NAMESPACE), f32::lanes, fma_chains, run_forward, run_backward, run_activation, run_limit};
 
 }  // namespace fastrnn::FASTRNN_NAMESPACE
