@@ -54,7 +54,7 @@ struct Problem {
   size_t per_direction = 0;  // weights of one direction
   Tensor input;              // last dimension contiguous
   std::vector<Tensor> kept;
-  std::vector<int64_t> first_row, lengths, order;
+  std::vector<int64_t> first_row, steps_above, lengths, order;
 };
 
 void check_tensor(const Tensor& t, const char* name, int32_t dtype, const Sizes& sizes, const char* shape) {
@@ -118,6 +118,15 @@ void check_input(Problem& p, const Arguments& a) {
   p.layer.x = rows_of(p.input, p.packed);
 }
 
+// The layer's first_row and steps_above, from p.first_row, p.lengths and the layer's order.
+void rank_steps(Problem& p) {
+  p.steps_above.assign(1, 0);
+  for (int64_t r = 0; r < p.layer.B; ++r)
+    p.steps_above.push_back(p.steps_above.back() + p.lengths[p.layer.order ? p.order[r] : r]);
+  p.layer.first_row = p.first_row.data();
+  p.layer.steps_above = p.steps_above.data();
+}
+
 // Rows of each step from batch_sizes: sorted, so row b is there for as many steps as have more than b rows.
 void check_batch_sizes(Problem& p, const Tensor& sizes) {
   if (!sizes.is_cpu() || dtype_of(sizes) != aoti_torch_dtype_int64() || sizes.dim() != 1 || sizes.size(0) == 0)
@@ -142,7 +151,7 @@ void check_batch_sizes(Problem& p, const Tensor& sizes) {
   p.layer.T = T;
   p.layer.B = size[0];
   p.layer.packed = true;
-  p.layer.first_row = p.first_row.data();
+  rank_steps(p);
   p.layer.lengths = p.lengths.data();
 }
 
@@ -172,8 +181,8 @@ void check_lengths(Problem& p, const Tensor& lengths) {
   for (int64_t t = 0; t < T; ++t) p.first_row.push_back(p.first_row.back() + longer[t]);
   p.order.resize(p.layer.B);
   for (int64_t b = 0; b < p.layer.B; ++b) p.order[longer[p.lengths[b]]++] = b;
-  p.layer.first_row = p.first_row.data();
   p.layer.order = p.order.data();
+  rank_steps(p);
 }
 
 void check_weights(Problem& p, const Arguments& a) {

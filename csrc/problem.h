@@ -5,7 +5,8 @@
 // "storage" is the dtype of the caller's tensors; "compute" is double for double and float for everything else.
 //
 // Ragged rows are ranked longest first, so that the rows active at step t are the ranks below a count that never grows
-// with t. Step t of rank r is stored row first_row[t] + r (t * B + r when all rows run all steps): padding has no row.
+// with t. The tape holds stored rows: all steps of rank 0, then of rank 1, ...; padding has none. Rank by rank, because
+// threads work on neighbouring ranks and must stay away from each other's cache lines.
 #pragma once
 
 #include <cstdint>
@@ -44,11 +45,12 @@ struct Layer {
   Dtype dtype = Dtype::f32;
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
   int D = 1;
-  bool packed = false;                 // x, y, dy and dx hold stored rows only, in stored order
-  const int64_t* first_row = nullptr;  // [T + 1] stored row of (t, rank 0), and N; null: t * B
-  const int64_t* order = nullptr;      // [B] row of each rank; null: rank = row
-  const int64_t* lengths = nullptr;    // [B] steps of each row, 0..T; null: T everywhere. Set when first_row is
-  const bool* reset = nullptr;         // element (t, b) at reset[t * reset_step + b * reset_row]; null: none
+  bool packed = false;                 // x, y, dy and dx hold active rows only: row b of step t is row first_row[t] + b
+  const int64_t* first_row = nullptr;  // [T + 1] active rows of all steps before t; [T] is N. Null: t * B
+  const int64_t* steps_above = nullptr;  // [B + 1] steps of all ranks below r: its first stored row. Null: r * T
+  const int64_t* order = nullptr;        // [B] row of each rank; null: rank = row
+  const int64_t* lengths = nullptr;      // [B] steps of each row, 0..T; null: T everywhere. Set when first_row is
+  const bool* reset = nullptr;           // element (t, b) at reset[t * reset_step + b * reset_row]; null: none
   int64_t reset_step = 0, reset_row = 0;
   ConstRows x;               // [T, B, I] storage
   Weights weights[2];        // storage

@@ -32,7 +32,7 @@ struct BackwardPass {
   bool once;             // one step of few rows: every group of the weights is used once, and packed there and then
   int64_t chunks;
   int64_t* chunk_begin;  // [chunks + 1] first step of each
-  int64_t R;             // rows of the largest chunk
+  int64_t R;             // rows that a buffer has room for
   int64_t longest;       // rows of the largest slice
 
   // What a chunk leaves for the gradients. Absent pieces are not wanted.
@@ -56,6 +56,8 @@ struct BackwardPass {
 
   // A row at the step being worked on.
   struct Row {
+    const T* dgates;  // of the step before, in processing order
+    int64_t at;       // its row in the buffer
     const T* tape;
     const T* before;   // tape of the step whose state entered; null: that was h0, or zero
     const T* h_first;  // where `before` is null
@@ -106,13 +108,14 @@ struct BackwardPass {
     R = 0;
     for (int64_t begin = 0, t = 0; t < p.T; ++t) {  // whole steps, as many as fit, at least one
       if (t == begin && memory) chunk_begin[chunks] = begin;
-      const int64_t rows = stored_row(p, t + 1) - stored_row(p, begin);
+      const int64_t rows = rows_before(p, t + 1) - rows_before(p, begin);
       if (t + 1 < p.T && rows + active_rows(p, t + 1) <= chunk_rows) continue;
       R = larger(R, rows);
       begin = t + 1;
       ++chunks;
     }
     if (memory) chunk_begin[chunks] = p.T;
+    R += R % 2 == 0;  // or all blocks would fall into the same few sets of the cache
     const int64_t K = G * p.H;
     once = p.T == 1 && split.workers == 1 && N <= 48;
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
@@ -136,11 +139,13 @@ struct BackwardPass {
       b.h_raw = piece(wanted.w_hr, blocks);
       if (memory) buffers[i] = b;
     }
+    carve.gap();
     barriers = carve.take<Barrier>(1 + split.directions * split.slices);
     if (memory) zero(barriers, 1 + split.directions * split.slices);
     states = carve.take<State>(int64_t(split.slices) * p.D);
     for (int i = 0; i < split.slices * p.D; ++i) {
       State s;
+      carve.gap();
       s.dh = carve.take<T>(projected ? longest * Pp : 0);
       s.bypass = carve.take<T>(Cell::bypass ? longest * Hp : 0);
       s.dc = carve.take<T>(Cell::has_c ? longest * Hp : 0);
@@ -152,6 +157,7 @@ struct BackwardPass {
     workers = carve.take<Worker>(split.workers);
     for (int i = 0; i < split.workers; ++i) {
       const Place place(split, i);
+      carve.gap();
       Worker w{
           Slice(p, split.slices, place.slice), nullptr, place.part, 0, 0, 0, 0, nullptr, nullptr, nullptr, place.idle};
       w.first_out = first_block(w_hh[0], place.part, split.parts);
@@ -284,25 +290,25 @@ struct BackwardPass {
   // ------------------------------------------------------------------------------------------------------- one step
 
   const T* tape_at(int d, int64_t t, int64_t rank) const {
-    return static_cast<const T*>(p.tape) + (d * N + stored_row(p, t) + rank) * tape_row;
+    return static_cast<const T*>(p.tape) + (d * N + stored_row(p, t, rank)) * tape_row;
   }
-  // The row of the buffer that holds rank 0 of step t of a chunk.
-  int64_t buffer_row(int64_t c, int64_t t) const { return stored_row(p, t) - stored_row(p, chunk_begin[c]); }
+  // A buffer's rows, like the tape's, are the steps of rank 0, then of rank 1, ... This is a rank's first row in chunk
+  // c.
+  int64_t buffer_row(int64_t c, int64_t rank) const {
+    const int64_t begin = chunk_begin[c], n = chunk_begin[c + 1] - begin;
+    if (p.first_row == nullptr) return rank * n;
+    const int64_t whole = smaller(rank, active_rows(p, begin + n - 1));  // ranks above that run through all its steps
+    return whole * n + p.steps_above[rank] - p.steps_above[whole] - (rank - whole) * begin;
+  }
 
   struct Step {
     int d;
-    int64_t t, now, row;  // active rows; the buffer's row of the slice's first row
+    int64_t t, now;  // active rows
     const Buffer& buffer;
     const State& state;
   };
   Step step_at(const Worker& w, int d, int64_t k, int64_t t) const {
-    const bool beyond = k == chunks;
-    return {d,
-            t,
-            beyond ? 0 : w.slice.active(p, t),
-            beyond ? 0 : buffer_row(chunk(d, k), t) + w.slice.base,
-            buffers[2 * d + (k & 1)],
-            w.states[d]};
+    return {d, t, k == chunks ? 0 : w.slice.active(p, t), buffers[2 * d + (k & 1)], w.states[d]};
   }
 
   // dh of step t: the recurrent product of the dgates of the step before, and on through the cell, unless a projection
@@ -312,20 +318,16 @@ struct BackwardPass {
     const int64_t from = d ? t - 1 : t + 1;
     const bool any = from >= 0 && from < p.T;
     const int64_t carried = any ? w.slice.active(p, from) : 0;
-    find_rows(w, s, from, carried);
-    const T* dgates = nullptr;
-    if (carried) {
-      const int64_t in =
-          k < chunks && from >= chunk_begin[chunk(d, k)] && from < chunk_begin[chunk(d, k) + 1] ? k : k - 1;
-      dgates = buffers[2 * d + (in & 1)].dgates + (buffer_row(chunk(d, in), from) + w.slice.base) * W;
-    }
+    find_rows(w, s, k, from, carried);
     over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_even_rows<tile_rows>(0, carried, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
-        product_of_blocks(sum, dgates + i * w.slice.step * W, w.slice.step * W, R * W, group, G, p.H);
+        const T* dgates[M];
+        for (int r = 0; r < M; ++r) dgates[r] = w.rows[i + r].dgates;
+        product_of_blocks(sum, dgates, R * W, group, G, p.H);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) {
             const int64_t unit = (block + v) * W;
@@ -346,13 +348,21 @@ struct BackwardPass {
   }
 
   // What this step's rows read, and what became of the gradient they get.
-  void find_rows(Worker& w, const Step& s, int64_t from, int64_t carried) {
+  void find_rows(Worker& w, const Step& s, int64_t k, int64_t from, int64_t carried) {
     const int d = s.d;
+    const int64_t c = k < chunks ? chunk(d, k) : -1;
+    const int64_t before = c >= 0 && from >= chunk_begin[c] && from < chunk_begin[c + 1] ? k : k - 1;
+    const int64_t c_before = carried ? chunk(d, before) : -1;
     for (int64_t i = 0; i < larger(s.now, carried); ++i) {
       Row& row = w.rows[i];
       const int64_t rank = w.slice.rank(i), b = row_of(p, rank), t = s.t;
-      row.was_cut = i < carried && is_cut(p, d, from, b);
+      if (i < carried) {
+        row.dgates =
+            buffers[2 * d + (before & 1)].dgates + (buffer_row(c_before, rank) + from - chunk_begin[c_before]) * W;
+        row.was_cut = is_cut(p, d, from, b);
+      }
       if (i >= s.now) continue;
+      row.at = buffer_row(c, rank) + t - chunk_begin[c];
       row.cut = is_cut(p, d, t, b);
       row.last = d ? t + 1 == length_of(p, b) : t == 0;
       row.tape = tape_at(d, t, rank);
@@ -373,7 +383,7 @@ struct BackwardPass {
       through_cell(w, s, i, block, dh);
       return;
     }
-    const int64_t at = s.row + i * w.slice.step;
+    const int64_t at = row.at;
     dh.store(s.state.dh + i * Pp + unit);
     if (s.buffer.dh_out) dh.store(s.buffer.dh_out + (block * R + at) * W);
     if (s.buffer.h_prev)
@@ -416,7 +426,7 @@ struct BackwardPass {
 
   FASTRNN_MEMBER void through_cell(const Worker& w, const Step& s, int64_t i, int64_t block, V dh) const {
     const Row& row = w.rows[i];
-    const int64_t unit = block * W, at = s.row + i * w.slice.step;
+    const int64_t unit = block * W, at = row.at;
     V tape[Cell::tape], da[S], h_prev = V::set(0), c_prev = V::set(0), dc = V::set(0);
     for (int k = 0; k < Cell::tape; ++k) tape[k] = V::load(row.tape + k * tape_h + unit);
     if (Cell::reads_h || (s.buffer.h_prev && !projected))
@@ -446,15 +456,19 @@ struct BackwardPass {
   int64_t dx_size() const { return p.dx_is_compute ? int64_t(sizeof(T)) : storage.size; }
   char* dx_row(int64_t t, int64_t b) const { return bytes(p.dx.data) + row_offset(p, p.dx, t, b) * dx_size(); }
 
+  int64_t rows_of(int64_t c) const { return rows_before(p, chunk_begin[c + 1]) - rows_before(p, chunk_begin[c]); }
+
   // Calls f(row of the buffer, t, b) for this worker's share of the rows of a chunk.
   template <class F>
   void over_chunk_rows(int64_t worker, int64_t c, const F& f) const {
-    const int64_t first = stored_row(p, chunk_begin[c]), all = stored_row(p, chunk_begin[c + 1]) - first;
-    int64_t t = chunk_begin[c], row = share_of(all, worker, split.workers);
+    const int64_t begin = chunk_begin[c], ranks = active_rows(p, begin), all = rows_of(c);
     const int64_t end = share_of(all, worker + 1, split.workers);
-    for (; row < end; ++t)
-      for (int64_t after = stored_row(p, t + 1) - first; row < smaller(end, after); ++row)
-        f(row, t, row_of(p, row - (stored_row(p, t) - first)));
+    int64_t row = share_of(all, worker, split.workers), rank = row / (chunk_begin[c + 1] - begin);
+    for (int64_t next = 0; row < end; ++rank) {
+      next = rank + 1 < ranks ? buffer_row(c, rank + 1) : all;
+      for (const int64_t first = buffer_row(c, rank); row < smaller(next, end); ++row)
+        f(row, begin + row - first, row_of(p, rank));
+    }
   }
 
   // The directions whose k-th chunk is being worked on.
@@ -491,14 +505,14 @@ struct BackwardPass {
   void reduce(int64_t worker, int round, int64_t k) {
     for (int d = first_direction(round); d < end_direction(round); ++d) {
       const Buffer& b = buffers[2 * d + (k & 1)];
-      const int64_t c = chunk(d, k), rows = stored_row(p, chunk_begin[c + 1]) - stored_row(p, chunk_begin[c]);
+      const int64_t c = chunk(d, k), rows = rows_of(c);
+      // A worker gets the tasks that begin in its part of the whole cost: the same ones for every chunk.
       int64_t all = 0, done = 0;
-      over_sums(d, b, [&](const auto& sum) { all += sum.tasks(); });
+      over_sums(d, b, [&](const auto& sum) { all += sum.cost(); });
       const int64_t begin = share_of(all, worker, split.workers), end = share_of(all, worker + 1, split.workers);
       over_sums(d, b, [&](const auto& sum) {
-        for (int64_t i = larger(begin - done, 0); i < smaller(end - done, sum.tasks()); ++i)
-          GradientTasks<V>::run(sum, i, rows, k == 0);
-        done += sum.tasks();
+        for (int64_t i = 0, n = sum.tasks(); i < n; done += sum.cost_of(i++))
+          if (done >= begin && done < end) GradientTasks<V>::run(sum, i, rows, k == 0);
       });
       if (p.dx.data) input_gradient(worker, d, k, c, b);
     }
@@ -522,7 +536,9 @@ struct BackwardPass {
       over_even_rows<tile_rows>(0, count, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
-        product_of_blocks(sum, dgates + i * W, W, R * W, group, G, p.H);
+        const T* left[M];
+        for (int r = 0; r < M; ++r) left[r] = dgates + (i + r) * W;
+        product_of_blocks(sum, left, R * W, group, G, p.H);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) {
             const int64_t column = (block + v) * W, n = p.I - column;

@@ -88,11 +88,13 @@ struct ForwardPass {
     }
     pack_scratch_size = once || !storage.rounds ? 0 : W * larger(p.I, larger(p.P, p.H));
     pack_scratch = carve.take<T>(pack_scratch_size * split.workers);
+    carve.gap();
     barriers = carve.take<Barrier>(1 + split.directions * split.slices);
     if (memory) zero(barriers, 1 + split.directions * split.slices);
     states = carve.take<State>(int64_t(split.slices) * p.D);
     for (int i = 0; i < split.slices * p.D; ++i) {
       State s;
+      carve.gap();
       for (T*& h : s.h) h = carve.take<T>(longest * Pp);
       s.h_raw = projected ? carve.take<T>(longest * Hp) : nullptr;
       s.c = carve.take<T>(Cell::has_c ? longest * Hp : 0);
@@ -101,6 +103,7 @@ struct ForwardPass {
     workers = carve.take<Worker>(split.workers);
     for (int i = 0; i < split.workers; ++i) {
       const Place place(split, i);
+      carve.gap();
       Worker w{Slice(p, split.slices, place.slice),
                nullptr,
                place.part,
@@ -372,7 +375,7 @@ struct ForwardPass {
       for (int v = 0; v < count * G; ++v) x[v] = V::load(from + v * W);
     }
     T* tape_to = nullptr;
-    if (p.tape) tape_to = static_cast<T*>(p.tape) + (s.d * N + stored_row(p, s.t) + w.slice.rank(i)) * tape_row;
+    if (p.tape) tape_to = static_cast<T*>(p.tape) + (s.d * N + stored_row(p, s.t, w.slice.rank(i))) * tape_row;
     for (int k = 0; k < count; ++k) {
       const int64_t unit = (block + k) * W;
       V a[S], tape[Cell::tape], c = V::set(0), h = V::set(0);
@@ -435,7 +438,7 @@ struct ForwardPass {
           for (int v = 0; v < U; ++v) {
             const V h = put_h(s, i + r, b, (block + v) * W, sum[r][v]);
             if (p.tape)
-              h.store(static_cast<T*>(p.tape) + (d * N + stored_row(p, s.t) + rank) * tape_row + Cell::tape * tape_h +
+              h.store(static_cast<T*>(p.tape) + (d * N + stored_row(p, s.t, rank)) * tape_row + Cell::tape * tape_h +
                       (block + v) * W);
           }
         }

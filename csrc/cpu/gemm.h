@@ -1,7 +1,7 @@
 // The one micro-kernel every product goes through: input projection, recurrence, the dh chain, dx, weight gradients.
 //
 // A tile is M rows of the left matrix by N vectors of columns of the right one; its accumulators stay in registers.
-// The right matrix lies in packed groups, [K][vectors][lanes] (pack.h), or in blocks, [vector][K][lanes] (Blocked).
+// The right matrix lies in packed groups, [K][vectors][lanes] (pack.h), or is Blocked: [vector][K][lanes].
 //
 // Summation order, which fixes the bits: for every output, k runs upwards in runs of `k_run`, each run summed from zero
 // by fma, the run sums added in order. It depends on K alone: not on the rows around, the tile, or the threads. Short
@@ -87,24 +87,12 @@ FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, cons
   }
 }
 
-// A matrix of `rows` rows in blocks of one vector of columns: element (r, c) at ((c / lanes) * rows + r) * lanes +
-// c % lanes. Columns and rows of a block both read well: it serves as the left matrix and, transposed, as either one in
-// the weight gradients.
-template <class V>
-struct Blocked {
-  using T = typename V::T;
-  static constexpr int W = V::lanes;
-  T* data = nullptr;
-  int64_t rows = 0;
-  T* at(int64_t row, int64_t block) const { return data + (block * rows + row) * W; }
-};
-
-// sum[m][v] = sum over gates g and k < H of a(m, g, k) * b[g * H + k][v]: gate g begins at block g * blocks of a, whose
-// rows lie a_row values apart; b is a packed group.
+// sum[m][v] = sum over gates g and k < H of a(m, g, k) * b[g * H + k][v]. Row m begins at a[m], in a Blocked matrix
+// whose blocks lie a_block values apart, gate g at block g * ceil(H / lanes); b is a packed group.
 template <int M, int N, class V>
-FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* a, int64_t a_row, int64_t a_block,
+FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* const (&a)[M], int64_t a_block,
                                       const typename V::T* b, int gates, int64_t H) {
-  constexpr int64_t b_k = N * V::lanes, W = V::lanes;
+  constexpr int64_t W = V::lanes;
   clear(sum);
   const int64_t blocks = ceil_div(H, W);
   for (int g = 0; g < gates; ++g)
@@ -112,9 +100,21 @@ FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* a, in
       V part[M][N];
       clear(part);
       const int64_t end = smaller(k + k_run, H);
-      for (int64_t i = k; i < end; i += W)
-        accumulate(part, a + (g * blocks + i / W) * a_block, a_row, 1, b + (g * H + i) * b_k, b_k, W,
-                   smaller(W, end - i));
+      for (int64_t i = k; i < end; i += W) {
+        const int64_t at = (g * blocks + i / W) * a_block, n = smaller(W, end - i);
+        const typename V::T* right = b + (g * H + i) * N * W;
+        for (int64_t j = 0; j < n; ++j, right += N * W) {
+          V row[N];
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) row[v] = V::load(right + v * W);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m) {
+            const V left = V::set(a[m][at + j]);
+#pragma GCC unroll 8
+            for (int v = 0; v < N; ++v) part[m][v] = fma(left, row[v], part[m][v]);
+          }
+        }
+      }
       add(sum, part);
     }
 }

@@ -23,9 +23,16 @@ struct GradientTasks {
     int64_t ld;  // rows that a block has room for
     T* weight;   // [units][columns]
     T* bias;     // [units]
+    int64_t vectors() const { return weight ? ceil_div(columns, W) : 0; }
     int64_t tasks() const {
-      return weight || bias ? ceil_div(units, W) * larger(1, weight ? ceil_div(columns, tile_columns * W) : 1) : 0;
+      return weight || bias ? ceil_div(units, W) * larger(1, ceil_div(vectors(), tile_columns)) : 0;
     }
+    // In columns, and one for reading the left block.
+    int64_t cost_of(int64_t index) const {
+      const int64_t group = index / ceil_div(units, W);
+      return 1 + smaller(tile_columns, vectors() - group * tile_columns);
+    }
+    int64_t cost() const { return weight || bias ? tasks() + ceil_div(units, W) * vectors() : 0; }
   };
 
   // Task `index` of a sum: one block of units by one group of columns, over `rows` rows. first: nothing is there yet.
@@ -35,7 +42,7 @@ struct GradientTasks {
     const T* left = s.left + block * s.ld * W;
     if (s.bias && group == 0) add_up(left, rows, units, first, s.bias + block * W);
     if (s.weight == nullptr) return;
-    const int64_t vector = group * tile_columns, vectors = smaller(tile_columns, ceil_div(s.columns, W) - vector);
+    const int64_t vector = group * tile_columns, vectors = smaller(tile_columns, s.vectors() - vector);
     over_groups<tile_columns>(vector, vector + vectors, [&](auto n, int64_t v) {
       constexpr int columns = decltype(n)::value;
       over_rows<tile_units>(0, units, [&](auto m, int64_t i) {

@@ -10,15 +10,20 @@ struct Carve {
     used += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
     return piece;
   }
+  // Between what different threads write: a prefetcher that runs past the end of one's lines takes the other's away.
+  void gap() { used += 1024; }
 };
 
 FASTRNN_INLINE int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
-// Stored row of (t, rank 0): the tape and the gradient operands hold stored rows.
-FASTRNN_INLINE int64_t stored_row(const Layer& p, int64_t t) { return p.first_row ? p.first_row[t] : t * p.B; }
-FASTRNN_INLINE int64_t stored_rows(const Layer& p) { return stored_row(p, p.T); }
+// Active rows of all steps before t.
+FASTRNN_INLINE int64_t rows_before(const Layer& p, int64_t t) { return p.first_row ? p.first_row[t] : t * p.B; }
 // The ranks below this are active at step t.
-FASTRNN_INLINE int64_t active_rows(const Layer& p, int64_t t) { return stored_row(p, t + 1) - stored_row(p, t); }
+FASTRNN_INLINE int64_t active_rows(const Layer& p, int64_t t) { return rows_before(p, t + 1) - rows_before(p, t); }
+FASTRNN_INLINE int64_t stored_rows(const Layer& p) { return rows_before(p, p.T); }
+FASTRNN_INLINE int64_t stored_row(const Layer& p, int64_t t, int64_t rank) {
+  return (p.steps_above ? p.steps_above[rank] : rank * p.T) + t;
+}
 FASTRNN_INLINE int64_t row_of(const Layer& p, int64_t rank) { return p.order ? p.order[rank] : rank; }
 FASTRNN_INLINE int64_t length_of(const Layer& p, int64_t b) { return p.lengths ? p.lengths[b] : p.T; }
 

@@ -189,7 +189,7 @@ struct Case {
   Layer layer;
   bool projected = false, all_states = false;
   Buffer x, h0, c0, reset, weights[2][5], dy, dh_n, dc_n, dh_all, dc_all;
-  std::vector<int64_t> lengths, first_row, order;
+  std::vector<int64_t> lengths, first_row, steps_above, order;
   int64_t rows = 0;    // of x and y: stored rows when packed
   int64_t stored = 0;  // of the tape
 
@@ -235,6 +235,9 @@ Case random_case(bool tiny) {
     std::stable_sort(c.order.begin(), c.order.end(),
                      [&](int64_t a, int64_t b) { return c.lengths[size_t(a)] > c.lengths[size_t(b)]; });
     p.order = packed ? nullptr : c.order.data();
+    c.steps_above.assign(1, 0);
+    for (const int64_t b : c.order) c.steps_above.push_back(c.steps_above.back() + c.lengths[size_t(b)]);
+    p.steps_above = c.steps_above.data();
   }
   if (integer(0, 1)) {
     c.reset = Buffer(p.T * p.B);
