@@ -2,11 +2,13 @@
 //
 //   check()           arguments -> Problem: a problem.h Layer, the tensors that keep its pointers alive, the sizes
 //   layer()           allocates the results, fills Forward, runs the kernel
+//   step()            the same for one step of a cell
 //   layer_backward()  fills Backward, allocates the gradients, runs the kernel
 //
 // Letters for sizes are problem.h's. Errors name the argument, what was expected and what came.
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
@@ -57,20 +59,41 @@ struct Problem {
   std::vector<int64_t> first_row, steps_above, lengths, order;
 };
 
-void check_tensor(const Tensor& t, const char* name, int32_t dtype, const Sizes& sizes, const char* shape) {
-  if (!t.defined() || !t.is_cpu()) fail(name, ": expected a CPU tensor, got a tensor on another device");
-  if (dtype_of(t) != dtype) fail(name, ": expected dtype ", dtype_name(dtype), ", got ", dtype_name(dtype_of(t)));
-  if (static_cast<size_t>(t.dim()) != sizes.size() || !std::equal(sizes.begin(), sizes.end(), t.sizes().begin()))
-    fail(name, ": expected shape ", shape, " = ", text_of(sizes.data(), sizes.size()), ", got ", shape_of(t));
+// A shape without an allocation: every call checks a dozen.
+struct Shape {
+  int64_t sizes[4];
+  int64_t dim;
+  Shape(std::initializer_list<int64_t> list) : dim(static_cast<int64_t>(list.size())) {
+    std::copy(list.begin(), list.end(), sizes);
+  }
+  bool operator==(const Tensor& t) const { return t.dim() == dim && std::equal(sizes, sizes + dim, t.sizes().data()); }
+};
+
+// name and letters are for errors alone: called when there is one.
+template <class Name, class Letters>
+void check_tensor(const Tensor& t, const Name& name, int32_t dtype, const Shape& shape, const Letters& letters) {
+  if (!t.defined() || !t.is_cpu()) fail(name(), ": expected a CPU tensor, got a tensor on another device");
+  if (dtype_of(t) != dtype) fail(name(), ": expected dtype ", dtype_name(dtype), ", got ", dtype_name(dtype_of(t)));
+  if (!(shape == t))
+    fail(name(), ": expected shape ", letters(), " = ", text_of(shape.sizes, shape.dim), ", got ", shape_of(t));
+}
+void check_tensor(const Tensor& t, const char* name, int32_t dtype, const Shape& shape, const char* letters) {
+  check_tensor(t, [&] { return name; }, dtype, shape, [&] { return letters; });
+}
+
+// The data of a checked tensor, made contiguous and kept alive.
+const void* kept_data(Problem& p, const Tensor& t) {
+  if (t.is_contiguous()) return t.data_ptr();  // the arguments live as long as the call
+  p.kept.push_back(stable::contiguous(t));
+  return p.kept.back().data_ptr();
 }
 
 // Checks, makes contiguous, keeps alive, returns the data; null when absent.
-const void* keep(Problem& p, const std::optional<Tensor>& t, const char* name, const Sizes& sizes, const char* shape,
+const void* keep(Problem& p, const std::optional<Tensor>& t, const char* name, const Shape& shape, const char* letters,
                  int32_t dtype) {
   if (!t) return nullptr;
-  check_tensor(*t, name, dtype, sizes, shape);
-  p.kept.push_back(dense(*t));
-  return p.kept.back().data_ptr();
+  check_tensor(*t, name, dtype, shape, letters);
+  return kept_data(p, *t);
 }
 
 // [T, B, features] or packed [N, features], its last dimension contiguous; reads the strides that a kernel needs.
@@ -87,16 +110,16 @@ Tensor rows_contiguous(const Tensor& t) {
 
 const CellTraits& find_cell(const std::string& name) {
   const CellTraits* found = nullptr;
-  std::string known;
   for_each_cell([&](auto cell) {
     if (name == cell.name) found = &traits(cell.kind);
-    known += std::string(known.empty() ? "'" : ", '") + cell.name + "'";
   });
-  if (!found) fail("cell: expected one of ", known, ", got '", name, "'");
-  return *found;
+  if (found) return *found;
+  std::string known;
+  for_each_cell([&](auto cell) { known += std::string(known.empty() ? "'" : ", '") + cell.name + "'"; });
+  fail("cell: expected one of ", known, ", got '", name, "'");
 }
 
-void check_input(Problem& p, const Arguments& a) {
+void check_input(Problem& p, const Arguments& a, bool one_step) {
   const Tensor& x = a.input;
   if (!x.defined() || !x.is_cpu()) fail("input: expected a CPU tensor, got a tensor on another device");
   p.dtype = dtype_of(x);
@@ -109,13 +132,16 @@ void check_input(Problem& p, const Arguments& a) {
   p.compute = p.layer.dtype == Dtype::f64 ? p.dtype : aoti_torch_dtype_float32();
 
   p.packed = a.batch_sizes.has_value();
-  if (x.dim() != (p.packed ? 2 : 3))
+  const bool flat = p.packed || one_step;
+  if (x.dim() != (flat ? 2 : 3))
     fail("input: expected ",
-         p.packed ? "2 dimensions (rows, input_size) with batch_sizes" : "3 dimensions (T, B, input_size)",
+         p.packed   ? "2 dimensions (rows, input_size) with batch_sizes"
+         : one_step ? "2 dimensions (B, input_size)"
+                    : "3 dimensions (T, B, input_size)",
          ", got shape ", shape_of(x));
   p.layer.I = x.size(x.dim() - 1);
   p.input = rows_contiguous(x);
-  p.layer.x = rows_of(p.input, p.packed);
+  p.layer.x = rows_of(p.input, flat);
 }
 
 // The layer's first_row and steps_above, from p.first_row, p.lengths and the layer's order.
@@ -202,31 +228,39 @@ void check_weights(Problem& p, const Arguments& a) {
   l.P = p.projection ? a.weights[1].size(1) : l.H;
   if (l.P == 0) fail("weights[1] (w_hh): expected shape (", cell.gates, "*H, P), P >= 1, got ", shape_of(a.weights[1]));
 
-  const std::string gates = std::to_string(cell.gates) + "*H";
-  const std::string shapes[5] = {"(" + gates + ", I)", "(" + gates + ", P)", "(" + gates + ",)", "(" + gates + ",)",
-                                 "(P, H)"};
   const char* names[5] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
   const int64_t GH = cell.gates * l.H;
-  const Sizes sizes[5] = {{GH, l.I}, {GH, l.P}, {GH}, {GH}, {l.P, l.H}};
+  const Shape shapes[5] = {{GH, l.I}, {GH, l.P}, {GH}, {GH}, {l.P, l.H}};
+  const auto letters = [&](size_t role) {
+    const std::string gates = "(" + std::to_string(cell.gates) + "*H,";
+    return role == 0 ? gates + " I)" : role == 1 ? gates + " P)" : role == 4 ? "(P, H)" : gates + ")";
+  };
   for (int d = 0; d < l.D; ++d) {
     Weights& w = l.weights[d];
     const void** slots[5] = {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr};
     for (size_t k = 0; k < n; ++k) {
       const size_t role = p.projection && k == n - 1 ? 4 : k;
-      const std::string name = "weights[" + std::to_string(d * n + k) + "] (" + names[role] + ")";
-      *slots[role] = keep(p, a.weights[d * n + k], name.c_str(), sizes[role], shapes[role].c_str(), p.dtype);
+      const Tensor& weight = a.weights[d * n + k];
+      check_tensor(
+          weight, [&] { return "weights[" + std::to_string(d * n + k) + "] (" + names[role] + ")"; }, p.dtype,
+          shapes[role], [&] { return letters(role); });
+      *slots[role] = kept_data(p, weight);
     }
   }
 }
 
-Problem check(const Arguments& a, bool bidirectional) {
+// one_step: the input is (B, I), the states (B, P) and (B, H).
+Problem check(const Arguments& a, bool bidirectional, bool one_step = false) {
   Problem p;
   p.cell = &find_cell(a.cell);
   Layer& l = p.layer;
   l.cell = p.cell->kind;
   l.D = bidirectional ? 2 : 1;
-  check_input(p, a);
-  if (p.packed) {
+  check_input(p, a, one_step);
+  if (one_step) {
+    l.T = 1;
+    l.B = p.N = a.input.size(0);
+  } else if (p.packed) {
     check_batch_sizes(p, *a.batch_sizes);
   } else {
     l.T = a.input.size(0);
@@ -236,12 +270,16 @@ Problem check(const Arguments& a, bool bidirectional) {
   }
   check_weights(p, a);
   if (a.c0 && !p.cell->has_c) fail("c0: expected None for cell '", p.cell->name, "', got a tensor");
+  if (one_step) {
+    l.h0 = keep(p, a.h0, "h0", {l.B, l.P}, "(B, P)", p.dtype);
+    l.c0 = keep(p, a.c0, "c0", {l.B, l.H}, "(B, H)", p.dtype);
+    return p;
+  }
   l.h0 = keep(p, a.h0, "h0", {l.D, l.B, l.P}, "(D, B, P)", p.dtype);
   l.c0 = keep(p, a.c0, "c0", {l.D, l.B, l.H}, "(D, B, H)", p.dtype);
   if (a.lengths) check_lengths(p, *a.lengths);
   if (a.reset) {
     check_tensor(*a.reset, "reset", aoti_torch_dtype_bool(), {l.T, l.B}, "(T, B)");
-    p.kept.push_back(*a.reset);
     l.reset = static_cast<const bool*>(a.reset->data_ptr());
     l.reset_step = a.reset->stride(0);
     l.reset_row = a.reset->stride(1);
@@ -286,6 +324,30 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
   for (int i = 0; i < 6; ++i) stack[i] = stable::detail::from(*results[i]);
 }
 
+// One step of one layer and direction, for cells and control loops: no sequence, no tape, nothing but the new state.
+void step(StableIValue* stack, uint64_t, uint64_t) {
+  Reader reader(stack);
+  Arguments a;  // the members are in the schema's order
+  a.cell = reader.take_string();
+  a.input = reader.take<Tensor>();
+  a.h0 = reader.take_optional();
+  a.c0 = reader.take_optional();
+  a.weights = reader.take<std::vector<Tensor>>();
+
+  const SerialInForkedChild serial;
+  const Problem p = check(a, false, true);
+  Forward f;
+  static_cast<Layer&>(f) = p.layer;
+  const Tensor h = empty({f.B, f.P}, p.dtype);
+  const Tensor c = p.cell->has_c ? empty({f.B, f.H}, p.dtype) : empty({0}, p.dtype);
+  f.y = {h.data_ptr(), 0, f.P};
+  f.h_n = h.data_ptr();
+  if (p.cell->has_c) f.c_n = c.data_ptr();
+  if (f.B) current().forward(f, team());
+  stack[0] = stable::detail::from(h);
+  stack[1] = stable::detail::from(c);
+}
+
 // -------------------------------------------------------------------------------------------------------- backward
 
 Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
@@ -310,8 +372,8 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
     fail("d_c_n, d_c_all, needs[2]: expected None, None, False for cell '", p.cell->name, "', got a request");
   b.tape = keep(p, tape, "tape", {b.D, p.N, tape_width(p)}, "(D, N, tape width)", p.compute);
   if (d_output) {
-    const Sizes sizes = p.packed ? Sizes{p.N, b.D * b.P} : Sizes{b.T, b.B, b.D * b.P};
-    check_tensor(*d_output, "d_output", p.dtype, sizes, p.packed ? "(N, D*P)" : "(T, B, D*P)");
+    const Shape shape = p.packed ? Shape{p.N, b.D * b.P} : Shape{b.T, b.B, b.D * b.P};
+    check_tensor(*d_output, "d_output", p.dtype, shape, p.packed ? "(N, D*P)" : "(T, B, D*P)");
     d_output = rows_contiguous(*d_output);
     b.dy = rows_of(*d_output, p.packed);
   }
@@ -358,6 +420,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "Tensor? reset, bool bidirectional, bool batch_major, bool all_states, bool save) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, Tensor c_all, Tensor tape)");
   m.def(
+      "step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights) -> (Tensor h, Tensor c)");
+  m.def(
       "layer_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
       "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs) -> Tensor[]");
@@ -365,5 +429,6 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer", &fastrnn::layer);
+  m.impl("step", &fastrnn::step);
   m.impl("layer_backward", &fastrnn::layer_backward);
 }

@@ -61,6 +61,51 @@ class _Layer(torch.autograd.Function):
         return (None,) * 8 + tuple(results)
 
 
+class _Step(torch.autograd.Function):
+    """One step of a cell on the same operators: the dimension of time is added and taken away in here, where it leaves
+    no nodes in the graph. input (B, I), states (B, ...)."""
+
+    @staticmethod
+    def forward(ctx, cell, slots, *tensors):
+        input, h0, c0, *weights = _lift(tensors if slots is None else _spread(tensors, slots))
+        _, h, c, _, _, tape = ops.layer(cell, input, h0, c0, weights, None, None, None, False, False, False, True)
+        ctx.save_for_backward(tape, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.arguments = (cell, slots)
+        # In place: a view could not be changed in place by the caller, as torch allows.
+        return (h.squeeze_(0), c.squeeze_(0)) if cell == "lstm" else h.squeeze_(0)
+
+    @staticmethod
+    def backward(ctx, d_h, d_c=None):
+        cell, slots = ctx.arguments
+        tape, *tensors = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[2:])
+        spread, needs = (tensors, needed) if slots is None else (_spread(tensors, slots), _spread(needed, slots))
+        needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
+        lifted = _lift(spread)
+        d_h, d_c = None if d_h is None else d_h[None], None if d_c is None else d_c[None]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with torch.autocast(spread[0].device.type, enabled=False):
+                results = _differentiable(
+                    (cell, None, None, None, False, False), lifted, needs, (None, d_h, d_c, None, None)
+                )
+        else:
+            input, h0, c0, *weights = lifted
+            results = ops.layer_backward(
+                cell, input, h0, c0, weights, None, None, None, tape, None, d_h, d_c, None, None, False, False, needs
+            )
+            results = [r if n else None for r, n in zip(results, needs)]
+        results[:3] = [None if r is None else r.squeeze(0) for r in results[:3]]
+        if slots is not None:
+            results = _gather(results, slots, len(tensors))
+        return (None, None, *results)
+
+
+def _lift(tensors):
+    """input, h0 and c0 with a dimension before them; the weights as they are."""
+    return [*(None if t is None else t[None] for t in tensors[:3]), *tensors[3:]]
+
+
 def _spread(unique, slots):
     return [None if s is None else unique[s] for s in slots]
 
@@ -141,6 +186,20 @@ def layer(
         return found if all_states else (*found, None, None)
     output, h_n, *h_all = found
     return output, h_n, None, h_all[0] if all_states else None, None
+
+
+def step(
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """`ops.step`, differentiable: input (B, I), states (B, ...). Returns h, c; None for the c of a cell without one."""
+    if not torch.is_grad_enabled() or not _any_requires_grad(input, h0, c0, weights):
+        h, c = ops.step(cell, input, h0, c0, weights)
+        return h, c if cell == "lstm" else None
+    tensors, slots = (input, h0, c0, *weights), None
+    if torch.compiler.is_compiling():
+        tensors, slots = _unique(tensors)
+    found = _Step.apply(cell, slots, *tensors)
+    return found if cell == "lstm" else (found, None)
 
 
 def _any_requires_grad(input, h0, c0, weights) -> bool:

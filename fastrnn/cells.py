@@ -25,41 +25,48 @@ def name(self) -> str:
 
 
 def resolve(self, cell: str, input, hx):
-    """A valid call as (x (1, B, I), h (1, B, H) or None, c or None, weights); None when torch is to have it."""
+    """A valid call as (x (B, I), h (B, H) or None, c or None, weights); None when torch is to have it."""
     gates, H, I = _GATES.get(cell), self.hidden_size, self.input_size
     if gates is None or not isinstance(input, Tensor) or not H or not I:
         return None
-    batched = input.dim() == 2
-    if (not batched and input.dim() != 1) or input.size(-1) != I:
+    shape = input.shape
+    batched = len(shape) == 2
+    if (not batched and len(shape) != 1) or shape[-1] != I:
         return None
-    w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-    weights = [w_ih, w_hh] if b_ih is None and b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    weights = []
     width = gates * H
-    for w, shape in zip(weights, ((width, I), (width, H), (width,), (width,))):
-        if not isinstance(w, Tensor) or w.shape != shape:
+    parameters = self._parameters  # a parametrization takes a weight out of it
+    for name, expected in (
+        ("weight_ih", (width, I)),
+        ("weight_hh", (width, H)),
+        ("bias_ih", (width,)),
+        ("bias_hh", (width,)),
+    ):
+        w = parameters[name] if name in parameters else getattr(self, name)
+        if isinstance(w, Tensor):
+            if w.shape != expected:
+                return None
+            weights.append(w)
+        elif w is not None or expected != (width,):
             return None
+    if len(weights) == 3:
+        return None
     h = c = None
     if hx is not None:
+        state = (shape[0], H) if batched else (H,)
         if cell != "lstm":
-            h = _state(hx, input, H, batched)
-            if h is None:
-                return None
+            h = hx
         elif isinstance(hx, (tuple, list)) and len(hx) == 2:
-            h, c = _state(hx[0], input, H, batched), _state(hx[1], input, H, batched)
-            if h is None or c is None:
+            h, c = hx
+            if not isinstance(c, Tensor) or c.shape != state:
                 return None
         else:
             return None
-    return (input.unsqueeze(0) if batched else input[None, None]), h, c, weights
-
-
-def _state(state, input: Tensor, H: int, batched: bool) -> Tensor | None:
-    """(1, B, H) from a state as the caller gave it; None if it is not one."""
-    if not isinstance(state, Tensor):
-        return None
+        if not isinstance(h, Tensor) or h.shape != state:
+            return None
     if batched:
-        return state.unsqueeze(0) if state.shape == (input.size(0), H) else None
-    return state[None, None] if state.shape == (H,) else None
+        return input, h, c, weights
+    return input[None], None if h is None else h[None], None if c is None else c[None], weights
 
 
 def _step(self, input, hx):
@@ -77,12 +84,8 @@ def _step(self, input, hx):
         x, weights = x.to(work), [w.to(work) for w in weights]
         h = None if h is None else h.to(work)
         c = None if c is None else c.to(work)
-    _, h, c, _, _ = autograd.layer(cell, x, h, c, weights, None, None, None, False, False, False)
-    h = h.squeeze(0)
-    c = c if c is None else c.squeeze(0)
-    if input.dim() == 1:
-        h, c = h.squeeze(0), c if c is None else c.squeeze(0)
-    return h, c
+    h, c = autograd.step(cell, x, h, c, weights)
+    return (h, c) if input.dim() == 2 else (h.squeeze(0), None if c is None else c.squeeze(0))
 
 
 def _doc(base: type) -> str:

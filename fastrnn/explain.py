@@ -108,7 +108,7 @@ def _explain_cell(module, input, hx) -> Plan:
     if call is None:
         why = "torch.nn's own forward gets the arguments: they do not fit the module, or hidden_size is 0"
         return _plan(Route(TORCH, why), cell, layers)
-    layers = [{"T": 1, "B": call[0].size(1)} | layers[0]]
+    layers = [{"T": 1, "B": call[0].size(0)} | layers[0]]
     return _plan(plan(cell, *call, False, False), cell, layers)
 
 

@@ -46,6 +46,7 @@ CELLS: dict[str, dict] = {cell["name"]: cell for cell in _C.cells()}
 
 _layer = torch.ops.fastrnn.layer.default
 _layer_backward = torch.ops.fastrnn.layer_backward.default
+_step = torch.ops.fastrnn.step.default
 
 
 def layer(
@@ -86,6 +87,26 @@ def layer(
     return _layer(
         cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save
     )
+
+
+def step(
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One step of one layer and direction, for cells and loops that need no gradient: `layer` without a sequence.
+
+    Args:
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        input: (B, I). float32, float64, bfloat16 or float16.
+        h0, c0: (B, P) and (B, H, LSTM only); None is zero.
+        weights: w_ih (G*H, I), w_hh (G*H, P), [b_ih, b_hh (G*H)], [w_hr (P, H)].
+
+    Returns:
+        h (B, P), c (B, H; shape (0,) for a cell without one).
+
+    Raises:
+        RuntimeError: naming the argument, what was expected, what came.
+    """
+    return _step(cell, input, h0, c0, weights)
 
 
 def layer_backward(
@@ -172,6 +193,12 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
     )
 
 
+@torch.library.register_fake("fastrnn::step")
+def _(cell, input, h0, c0, weights):
+    B, P, H = input.size(0), weights[1].size(1), weights[1].size(0) // CELLS[cell]["gates"]
+    return input.new_empty(B, P), input.new_empty(B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
+
+
 @torch.library.register_fake("fastrnn::layer_backward")
 def _(
     cell,
@@ -219,6 +246,11 @@ def _products(cell: str, input, weights, bidirectional: bool) -> tuple[int, int,
 def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, *args, out_shape=None, **kwargs) -> int:
     """The products alone, as torch counts matrix products; gates and padding past a length are not told apart."""
     return sum(_products(cell, input, weights, bidirectional))
+
+
+@register_flop_formula(torch.ops.fastrnn.step)
+def _(cell, input, h0, c0, weights, out_shape=None, **kwargs) -> int:
+    return sum(_products(cell, input, weights, False))
 
 
 @register_flop_formula(torch.ops.fastrnn.layer_backward)
