@@ -419,8 +419,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "layer(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? reset, bool bidirectional, bool batch_major, bool all_states, bool save) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, Tensor c_all, Tensor tape)");
-  m.def(
-      "step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights) -> (Tensor h, Tensor c)");
+  m.def("step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights) -> (Tensor h, Tensor c)");
   m.def(
       "layer_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "

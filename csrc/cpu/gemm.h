@@ -3,11 +3,13 @@
 // A tile is M rows of the left matrix by N vectors of columns of the right one; its accumulators stay in registers.
 // The right matrix lies in packed groups, [K][vectors][lanes] (pack.h), or is Blocked: [vector][K][lanes].
 //
-// Summation order, which fixes the bits: for every output, k runs upwards in runs of `k_run`, each run summed from zero
-// by fma, the run sums added in order. It depends on K alone: not on the rows around, the tile, or the threads. Short
-// runs also keep the error of long sums near that of pairwise summation. (The one exception is dot_group in pack.h.)
+// Summation order, which fixes the bits: for every output, k goes upwards in runs, each run summed from zero by fma,
+// the run sums added in order. It depends on K alone: not on the rows around, the tile, or the threads. Short runs also
+// keep the error of long sums near that of pairwise summation: runs of 32 would cost long sums 5% of their speed, and
+// runs of 64 would take from short ones what makes them more accurate than a plain sum. (The one exception is dot_group
+// in pack.h.)
 
-constexpr int64_t k_run = 32;
+FASTRNN_INLINE int64_t run_length(int64_t K) { return K <= 64 ? 32 : 64; }
 constexpr int group_vectors = 4;
 
 template <int N>
@@ -35,32 +37,52 @@ FASTRNN_INLINE void add(V (&sum)[M][N], const V (&part)[M][N]) {
     for (int v = 0; v < N; ++v) sum[m][v] = sum[m][v] + part[m][v];
 }
 
+// part[m][v] += left(m) * right(v). What there is less of is loaded first, so that sums and operands fit the registers.
+template <int M, int N, class V, class Left, class Right>
+FASTRNN_INLINE void multiply_add(V (&part)[M][N], const Left& left, const Right& right) {
+  if constexpr (M < N) {
+    V x[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) x[m] = left(m);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+      const V y = right(v);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) part[m][v] = fma(x[m], y, part[m][v]);
+    }
+  } else {
+    V y[N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) y[v] = right(v);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const V x = left(m);
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) part[m][v] = fma(x, y[v], part[m][v]);
+    }
+  }
+}
+
 // part[m][v] += a[m * a_row + k * a_k] * b[k * b_k + v * b_vector], k upwards.
 template <int M, int N, class V>
 FASTRNN_INLINE void accumulate(V (&part)[M][N], const typename V::T* a, int64_t a_row, int64_t a_k,
                                const typename V::T* b, int64_t b_k, int64_t b_vector, int64_t K) {
-  for (int64_t k = 0; k < K; ++k) {
-    V right[N];
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) right[v] = V::load(b + k * b_k + v * b_vector);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const V left = V::set(a[m * a_row + k * a_k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) part[m][v] = fma(left, right[v], part[m][v]);
-    }
-  }
+  for (int64_t k = 0; k < K; ++k)
+    multiply_add(
+        part, [&](int m) { return V::set(a[m * a_row + k * a_k]); },
+        [&](int v) { return V::load(b + k * b_k + v * b_vector); });
 }
 
 // sum[m][v] = sum over k of a[m * lda + k] * b[k][v], b a packed group.
 template <int M, int N, class V>
 FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda, const typename V::T* b, int64_t K) {
   constexpr int64_t b_k = N * V::lanes;
+  const int64_t run = run_length(K);
   clear(sum);
-  for (int64_t k = 0; k < K; k += k_run) {
+  for (int64_t k = 0; k < K; k += run) {
     V part[M][N];
     clear(part);
-    accumulate(part, a + k, lda, 1, b + k * b_k, b_k, V::lanes, smaller(k_run, K - k));
+    accumulate(part, a + k, lda, 1, b + k * b_k, b_k, V::lanes, smaller(run, K - k));
     add(sum, part);
   }
 }
@@ -71,11 +93,12 @@ template <int N, class V>
 FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, const typename V::T* b, int64_t next,
                                     int64_t K) {
   constexpr int64_t b_k = N * V::lanes;
+  const int64_t run = run_length(K);
   clear(sum);
-  for (int64_t k = 0; k < K; k += k_run) {
+  for (int64_t k = 0; k < K; k += run) {
     V part[2][N];
     clear(part);
-    const int64_t end = smaller(k + k_run, K);
+    const int64_t end = smaller(k + run, K);
     for (int64_t i = k; i < end; ++i) {
       const V left = V::set(a[i]);
 #pragma GCC unroll 2
@@ -94,26 +117,18 @@ FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* const
                                       const typename V::T* b, int gates, int64_t H) {
   constexpr int64_t W = V::lanes;
   clear(sum);
-  const int64_t blocks = ceil_div(H, W);
+  const int64_t blocks = ceil_div(H, W), run = run_length(H);
   for (int g = 0; g < gates; ++g)
-    for (int64_t k = 0; k < H; k += k_run) {
+    for (int64_t k = 0; k < H; k += run) {
       V part[M][N];
       clear(part);
-      const int64_t end = smaller(k + k_run, H);
+      const int64_t end = smaller(k + run, H);
       for (int64_t i = k; i < end; i += W) {
         const int64_t at = (g * blocks + i / W) * a_block, n = smaller(W, end - i);
         const typename V::T* right = b + (g * H + i) * N * W;
-        for (int64_t j = 0; j < n; ++j, right += N * W) {
-          V row[N];
-#pragma GCC unroll 8
-          for (int v = 0; v < N; ++v) row[v] = V::load(right + v * W);
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) {
-            const V left = V::set(a[m][at + j]);
-#pragma GCC unroll 8
-            for (int v = 0; v < N; ++v) part[m][v] = fma(left, row[v], part[m][v]);
-          }
-        }
+        for (int64_t j = 0; j < n; ++j, right += N * W)
+          multiply_add(
+              part, [&](int m) { return V::set(a[m][at + j]); }, [&](int v) { return V::load(right + v * W); });
       }
       add(sum, part);
     }

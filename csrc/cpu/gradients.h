@@ -57,10 +57,14 @@ struct GradientTasks {
     V sum[M][U];
     clear(sum);
     const T* right = s.right + vector * s.ld * W;
-    for (int64_t k = 0; k < rows; k += k_run) {
+    if (!first)  // the sums so far are far away, and wanted only at the end
+      for (int r = 0; r < M; ++r)
+        for (int v = 0; v < U; ++v) __builtin_prefetch(s.weight + (unit + r) * s.columns + (vector + v) * W, 1);
+    const int64_t run = run_length(rows);
+    for (int64_t k = 0; k < rows; k += run) {
       V part[M][U];
       clear(part);
-      accumulate(part, left + k * W, 1, W, right + k * W, W, s.ld * W, smaller(k_run, rows - k));
+      accumulate(part, left + k * W, 1, W, right + k * W, W, s.ld * W, smaller(run, rows - k));
       add(sum, part);
     }
     for (int r = 0; r < M; ++r)
