@@ -3,7 +3,8 @@
 fastrnn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell   torch.nn's classes, drop-in
 fastrnn.functional.rnn, lstm, gru                    the same as functions of their weights
 fastrnn.accelerate, restore, patch                   existing models and other people's code
-fastrnn.explain, build_info                          what runs, and why
+fastrnn.explain, build_info                          what runs, how, and why
+fastrnn.workspace_bytes, release_workspace           memory kept between calls
 """
 
 from importlib import metadata as _metadata
@@ -13,6 +14,7 @@ from fastrnn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.convert import accelerate, patch, restore
 from fastrnn.explain import Plan, build_info, explain
 from fastrnn.modules import GRU, LSTM, RNN
+from fastrnn.workspace import release_workspace, workspace_bytes
 
 __all__ = [
     "GRU",
@@ -27,7 +29,9 @@ __all__ = [
     "explain",
     "functional",
     "patch",
+    "release_workspace",
     "restore",
+    "workspace_bytes",
 ]
 
 try:

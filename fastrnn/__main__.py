@@ -27,6 +27,7 @@ class Parser(argparse.ArgumentParser):
 def info(args: argparse.Namespace) -> int:
     facts = dict(fastrnn.build_info())
     facts |= {"threads": torch.get_num_threads(), "python": platform.python_version(), "machine": platform.machine()}
+    facts["workspace_bytes"] = fastrnn.workspace_bytes()
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0

@@ -1,4 +1,4 @@
-"""Which kernel a call would run, and why; and what this build holds."""
+"""Which kernel a call would run, how it would be shared out among threads, and why; and what this build holds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class Plan:
     why: in words.  cell: the cell's name.  dtype: what it computes in (None where torch decides).
     isa: the instruction set of the kernels, threads: torch's; both None on another path.
     layers: the sizes of each layer.
+    splits: how the forward pass of each layer would be shared out among the threads, and what its speed is limited by,
+        both by the kernels' cost model; in words. Empty on another path. Never more threads than the control group's
+        CPU quota. Results do not depend on it.
     """
 
     path: str
@@ -28,6 +31,7 @@ class Plan:
     isa: str | None
     threads: int | None
     layers: tuple[dict[str, int], ...]
+    splits: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.why}"]
@@ -38,12 +42,13 @@ class Plan:
             facts += [self.isa, f"{self.threads} thread{'' if self.threads == 1 else 's'}"]
         lines.append("  " + ", ".join(facts))
         for k, sizes in enumerate(self.layers):
-            lines.append(f"  layer {k}: " + ", ".join(f"{name} = {size}" for name, size in sizes.items()))
+            line = f"  layer {k}: " + ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            lines.append(f"{line}: {self.splits[k]}" if self.splits else line)
         return "\n".join(lines)
 
 
 def explain(module: nn.Module, input, hx=None, *, reset=None, lengths=None, all_states=False) -> Plan:
-    """Which implementation `module(input, hx, ...)` would run on this machine, and why. Computes nothing.
+    """Which implementation `module(input, hx, ...)` would run on this machine, how, and why. Computes nothing.
 
     Args:
         module: an RNN, LSTM, GRU or cell, of fastrnn or of torch.nn.
@@ -61,30 +66,46 @@ def explain(module: nn.Module, input, hx=None, *, reset=None, lengths=None, all_
     raise TypeError(f"module: expected an RNN, LSTM, GRU or a cell of one, got {type(module).__name__}")
 
 
+def _split(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int) -> str:
+    """How a layer would be shared out, in words."""
+    T, B, I, H = (sizes[name] for name in "TBIH")
+    if B == 0:
+        return "no rows, nothing to compute"
+    found = _C.split(cell, dtype == torch.float64, T, B, I, H, sizes.get("P", H), sizes.get("D", 1), threads)
+    ways = []
+    if found["slices"] > 1:
+        ways.append(f"{found['slices']} slices of the batch")
+    if found["parts"] > 1:
+        ways.append(f"{found['parts']} parts of the hidden units, meeting after each step")
+    text = " x ".join(ways)
+    if found["directions"] > 1:
+        text = "directions side by side" + (f", each in {text}" if text else "")
+    return f"{text or 'one thread'}; limit: {found['limit']}"
+
+
 def _plan(route: Route, cell: str, layers) -> Plan:
     kernel = route.path == KERNEL
+    layers, threads = tuple(layers), torch.get_num_threads()
     return Plan(
         route.path,
         route.reason,
         cell,
         None if route.path == TORCH else route.work,
         _C.isa() if kernel else None,
-        torch.get_num_threads() if kernel else None,
-        tuple(layers),
+        threads if kernel else None,
+        layers,
+        tuple(_split(cell, route.work, sizes, threads) for sizes in layers) if kernel else (),
     )
 
 
 def _explain_sequence(module, input, hx, extended: bool) -> Plan:
     cell = modules._CELL[module.mode]
     D = 2 if module.bidirectional else 1
-    sizes = {"H": module.hidden_size, "D": D}
-    if module.proj_size:
-        sizes["P"] = module.proj_size
+    sizes = {"H": module.hidden_size, **({"P": module.proj_size} if module.proj_size else {}), "D": D}
     widths = [module.input_size] + [D * (module.proj_size or module.hidden_size)] * (module.num_layers - 1)
     call = modules.resolve(module, input, hx)
-    if call is not None:
-        sizes = {"T": call.T, "B": call.B} | sizes
-    layers = [{"I": width} | sizes for width in widths]
+    length = {} if call is None else {"T": call.T, "B": call.B}
+    layers = [{**length, "I": width, **sizes} for width in widths]
     if type(module).forward not in modules.FORWARDS:
         why = f"the forward of {type(module).__name__} is not fastrnn's; see fastrnn.accelerate and fastrnn.patch"
         return _plan(Route(TORCH, why), cell, layers)

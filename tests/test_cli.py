@@ -33,6 +33,7 @@ def test_info(tmp_path):
     facts = json.loads(run("info", "--json", cwd=tmp_path).stdout)
     assert facts["isas"] == fastrnn.build_info()["isas"]
     assert facts["torch_running"] == torch.__version__
+    assert facts["workspace_bytes"] == 0  # nothing has run
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ import fastrnn
 SIZES = [(12, 5, 9, 18), (5, 3, 33, 128), (3, 1, 40, 256), (4, 37, 7, 31)]  # T, B, I, H
 
 
-def forward_and_state_gradients(rnn, x, hx, **options):
-    """Results, and the gradients of the input and of the states (weight gradients are library sums)."""
-    leaves = [x, *hx]
+def forward_and_gradients(rnn, x, hx, weights=True, **options):
+    """Results, and the gradients of the input, of the states and of the weights."""
+    leaves = [x, *hx, *(rnn.parameters() if weights else ())]
     outs = tensors_in(rnn(x, tuple(hx) if len(hx) == 2 else hx[0], **options))
     grads = torch.autograd.grad(sum(o.double().square().sum() for o in outs), leaves)
     return [*outs, *grads]
@@ -65,7 +65,7 @@ def test_any_thread_count(kind, size, dtype, isa):
     first = None
     for threads in (1, 2, 3, 5, 16):
         torch.set_num_threads(threads)
-        found = forward_and_state_gradients(rnn, x, hx)
+        found = forward_and_gradients(rnn, x, hx)
         first = first or found
         assert equal(found, first), threads
 
@@ -78,7 +78,7 @@ def test_any_thread_count_with_everything_on(kind, isa):
     first = None
     for threads in (1, 2, 3, 5, 16):
         torch.set_num_threads(threads)
-        found = forward_and_state_gradients(rnn, x, hx, **options)
+        found = forward_and_gradients(rnn, x, hx, **options)
         first = first or found
         assert equal(found, first), threads
 
@@ -87,22 +87,20 @@ def test_any_thread_count_with_everything_on(kind, isa):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_its_neighbours(kind, dtype, isa):
     rnn, x, hx = case(kind, (6, 19, 9, 33), dtype)
-    whole = forward_and_state_gradients(rnn, x, hx)
+    whole = forward_and_gradients(rnn, x, hx, weights=False)
     for rows in (slice(0, 1), slice(7, 8), slice(3, 19), [18, 2, 2, 5]):
         part_x = x.detach()[:, rows].requires_grad_()
         part_hx = [h.detach()[:, rows].requires_grad_() for h in hx]
-        part = forward_and_state_gradients(rnn, part_x, part_hx)
+        part = forward_and_gradients(rnn, part_x, part_hx, weights=False)
         assert equal(part, [t[:, rows] for t in whole]), rows
 
 
 def test_many_python_threads_at_once():
     cases = [case(kind, size) for kind in KINDS for size in SIZES[:2]]
-    expected = [forward_and_state_gradients(*c) for c in cases]
+    expected = [forward_and_gradients(*c) for c in cases]
 
     def work(i):
-        return all(
-            equal(forward_and_state_gradients(*cases[k]), expected[k]) for k in (i % 8, (i + 3) % 8, (i + 5) % 8)
-        )
+        return all(equal(forward_and_gradients(*cases[k]), expected[k]) for k in (i % 8, (i + 3) % 8, (i + 5) % 8))
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(48), timeout=120))
@@ -125,8 +123,6 @@ def run():
     return found
 def same(a, b):
     return all(p.equal(q) for p, q in zip(a, b))
-def outputs(a):
-    return a[::2]
 """
 
 
@@ -143,10 +139,10 @@ def child(body, timeout=120, **environment):
 
 REPEAT = """
 torch.set_num_threads(1)
-alone = outputs(run())
+alone = run()
 torch.set_num_threads({threads})
 for _ in range(10):
-    assert same(outputs(run()), alone)
+    assert same(run(), alone)
 """
 
 
@@ -235,18 +231,17 @@ def test_after_fork():
 
 
 def test_backward_kernels_after_fork():
-    """The kernels' own part of backward, alone: torch's products, which give dW, may hang in a forked child."""
+    """Every gradient; on one Python thread, for torch's own threads of backward are gone in the child."""
     body = """
     torch.set_num_threads(2)
     rnn, given = rnns[1], x.clone().requires_grad_()
-    rnn.requires_grad_(False)
-    def gradient():
-        return torch.autograd.grad(rnn(given)[0].square().sum(), given)[0]
+    def gradients():
+        return torch.autograd.grad(rnn(given)[0].square().sum(), [given, *rnn.parameters()])
     with torch.autograd.set_multithreading_enabled(False):
-        alone = gradient()
+        alone = gradients()
         pid = os.fork()
         if pid == 0:
-            os._exit(0 if gradient().equal(alone) else 3)
+            os._exit(0 if same(gradients(), alone) else 3)
         assert os.waitpid(pid, 0)[1] == 0
     """
     child(body)
@@ -261,7 +256,7 @@ def test_data_loader_workers():
             with torch.no_grad():
                 return rnns[1](x)[0]
     run()
-    alone = outputs(run())[1]
+    alone = run()[2]
     for batch in torch.utils.data.DataLoader(Data(), num_workers=2, multiprocessing_context="fork"):
         assert batch[0].equal(alone)
     """
@@ -271,11 +266,11 @@ def test_data_loader_workers():
 def test_the_thread_count_can_change_between_forward_and_backward():
     rnn, x, hx = case("GRU", SIZES[1])
     torch.set_num_threads(1)
-    expected = forward_and_state_gradients(rnn, x, hx)
+    expected = forward_and_gradients(rnn, x, hx)
     torch.set_num_threads(16)
     outs = tensors_in(rnn(x, hx[0]))
     torch.set_num_threads(3)
-    grads = torch.autograd.grad(sum(o.double().square().sum() for o in outs), [x, *hx])
+    grads = torch.autograd.grad(sum(o.double().square().sum() for o in outs), [x, *hx, *rnn.parameters()])
     assert equal([*outs, *grads], expected)
 
 

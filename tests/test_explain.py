@@ -39,6 +39,100 @@ def test_layers_are_listed():
     assert all(layer["T"] == 6 and layer["B"] == 4 and layer["D"] == 2 and layer["P"] == 2 for layer in plan.layers)
 
 
+@pytest.fixture
+def split():
+    """The switch that forces a way of sharing out; put back afterwards."""
+    yield _C.set_split
+    _C.set_split("")
+
+
+def test_how_a_layer_is_shared_out_in_words(split):
+    plan = fastrnn.explain
+    torch.set_num_threads(1)
+    (text,) = plan(fastrnn.GRU(40, 40), torch.randn(100, 32, 40)).splits
+    assert text.startswith("one thread; limit: ")
+    torch.set_num_threads(2)
+    if _C.split("gru", False, 100, 32, 40, 40, 40, 1, 2)["slices"] == 1:
+        pytest.skip("the CPU quota of this process is one core: nothing is ever shared out")
+    found = plan(fastrnn.LSTM(40, 40, 2), torch.randn(100, 32, 40))
+    assert len(found.splits) == 2
+    assert all(text.startswith("2 slices of the batch; limit: ") for text in found.splits)
+    lines = str(found).splitlines()
+    assert lines[-2] == f"  layer 0: T = 100, B = 32, I = 40, H = 40, D = 1: {found.splits[0]}"
+    assert lines[-1] == f"  layer 1: T = 100, B = 32, I = 40, H = 40, D = 1: {found.splits[1]}"
+
+    for name, module, expected in (
+        ("serial", fastrnn.LSTM(9, 200), "one thread"),
+        ("batch", fastrnn.LSTM(9, 200), "2 slices of the batch"),
+        ("hidden", fastrnn.LSTM(9, 200), "2 parts of the hidden units, meeting after each step"),
+        ("hidden", fastrnn.LSTM(9, 200, proj_size=70), "2 parts of the hidden units, meeting after each step"),
+        ("hidden", fastrnn.RNN(9, 200, bidirectional=True), "directions side by side"),
+    ):
+        split(name)
+        assert plan(module, torch.randn(12, 6, 9)).splits[0].split(";")[0] == expected
+
+
+def test_every_way_of_sharing_out_has_its_words(monkeypatch):
+    """Also those that take more threads than this machine may have."""
+
+    def words(directions, slices, parts):
+        found = {"directions": directions, "slices": slices, "parts": parts, "limit": "arithmetic"}
+        monkeypatch.setattr(_C, "split", lambda *arguments: found)
+        return fastrnn.explain(fastrnn.GRU(5, 7), torch.randn(6, 4, 5)).splits[0]
+
+    hidden = "parts of the hidden units, meeting after each step"
+    assert words(1, 1, 1) == "one thread; limit: arithmetic"
+    assert words(1, 3, 1) == "3 slices of the batch; limit: arithmetic"
+    assert words(1, 1, 4) == f"4 {hidden}; limit: arithmetic"
+    assert words(1, 2, 3) == f"2 slices of the batch x 3 {hidden}; limit: arithmetic"
+    assert words(2, 1, 1) == "directions side by side; limit: arithmetic"
+    assert words(2, 2, 1) == "directions side by side, each in 2 slices of the batch; limit: arithmetic"
+    assert words(2, 1, 2) == f"directions side by side, each in 2 {hidden}; limit: arithmetic"
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "LSTM projected"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_model_is_asked_about_the_layer_that_would_run(kind, dtype, monkeypatch):
+    asked = []
+    real = _C.split
+    monkeypatch.setattr(_C, "split", lambda *arguments: asked.append(arguments) or real(*arguments))
+    kind, *projected = kind.split()
+    extra = {"proj_size": 3} if projected else {}
+    module = getattr(fastrnn, kind)(5, 7, 2, bidirectional=True, batch_first=True, dtype=dtype, **extra)
+    cell, wide, P, threads = kind.lower() + "_tanh" * (kind == "RNN"), dtype == torch.float64, 3 if projected else 7, 2
+    torch.set_num_threads(threads)
+    x = torch.randn(4, 6, 5, dtype=dtype)
+    expected = [(cell, wide, 6, 4, width, 7, P, 2, threads) for width in (5, 2 * P)]
+    packed = nn.utils.rnn.pack_padded_sequence(x, [6, 1, 3, 2], batch_first=True, enforce_sorted=False)
+    for input, options in ((x, {}), (packed, {}), (x, {"lengths": torch.tensor([6, 1, 3, 2])})):
+        asked.clear()
+        plan = fastrnn.explain(module, input, **options)
+        assert asked == expected
+        assert len(plan.splits) == 2
+        assert [list(layer) for layer in plan.layers] == [[*"TBIH", *"P" * len(projected), "D"]] * 2
+    if not projected:
+        asked.clear()
+        cell_module = getattr(fastrnn, kind + "Cell")(5, 7, dtype=dtype)
+        assert len(fastrnn.explain(cell_module, x[0]).splits) == 1
+        assert asked == [(cell, wide, 1, 6, 5, 7, 7, 1, threads)]
+        assert "layer 0: T = 1, B = 6, I = 5, H = 7: " in str(fastrnn.explain(cell_module, x[0]))
+
+
+def test_where_no_kernel_runs_nothing_is_shared_out():
+    plan = fastrnn.explain(nn.GRU(5, 7, 2), torch.randn(6, 4, 5))
+    assert plan.splits == ()
+    assert str(plan).splitlines()[-1] == "  layer 1: T = 6, B = 4, I = 7, H = 7, D = 1"
+    assert fastrnn.explain(fastrnn.GRU(5, 7), torch.randn(6, 4, 8)).splits == ()
+    assert fastrnn.explain(fastrnn.GRU(5, 7), torch.randn(6, 0, 5)).splits == ("no rows, nothing to compute",)
+
+
+def test_plans_are_values():
+    plan = fastrnn.explain(fastrnn.GRU(5, 7), torch.randn(6, 4, 5))
+    assert plan == fastrnn.explain(fastrnn.GRU(5, 7), torch.randn(6, 4, 5))
+    with pytest.raises(AttributeError):
+        plan.splits = ()
+
+
 def test_torchs_own_module_runs_torch_until_patched():
     module, x = nn.GRU(5, 7), torch.randn(6, 4, 5)
     assert fastrnn.explain(module, x).path == "torch"

@@ -1,0 +1,264 @@
+"""How a layer is shared out among threads changes no bit: of outputs, states and every gradient, in every tier.
+
+The split is forced (fastrnn._C.set_split), and compared with one thread. Sizes give each way real work: hidden sizes of
+several groups of vectors, batches that the threads do not divide. What else must not change bits: test_determinism.py.
+"""
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import fastrnn._C as _C
+import pytest
+import torch
+from conftest import KINDS, build, tensors_in
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn import ops
+
+SIZES = [(1, 1, 200), (1, 33, 70), (9, 3, 130), (9, 33, 70), (40, 1, 130), (40, 3, 70)]  # T, B, H
+I = 11
+# (split, threads), to be compared with ("serial", 1).
+WAYS = [
+    ("serial", 3),
+    *(("batch", threads) for threads in (2, 3, 5, 8)),
+    *(("hidden", threads) for threads in (2, 3, 5, 8)),
+    *(("", threads) for threads in (1, 2, 3, 5, 8)),
+]
+VARIANTS = {
+    "dense": {},
+    "lengths": {"lengths": True},
+    "packed": {"packed": True},
+    "reset": {"reset": True, "lengths": True, "all_states": True, "bidirectional": True},
+    "bidirectional": {"bidirectional": True},
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16, both directions, packed": {"dtype": torch.bfloat16, "bidirectional": True, "packed": True},
+}
+
+
+@contextlib.contextmanager
+def shared_out(split, threads):
+    """Inside, layers are shared out like this."""
+    before = torch.get_num_threads()
+    try:
+        _C.set_split(split)
+        torch.set_num_threads(threads)
+        yield
+    finally:
+        _C.set_split("")
+        torch.set_num_threads(before)
+
+
+def case(kind, T, B, H, dtype=torch.float32, bidirectional=False, lengths=False, packed=False, reset=False, **options):
+    """A call that returns every result and every gradient of one layer with given states."""
+    torch.manual_seed(T + B + H)
+    kind, *projected = kind.split()
+    D, P = 1 + bidirectional, H // 2 + 1 if projected else H
+    extra = {"proj_size": P} if projected else {}
+    rnn = build(kind, I, H, bidirectional=bidirectional, dtype=dtype, **extra)
+    x = torch.randn(T, B, I, dtype=dtype)
+    hx = [torch.randn(D, B, n, dtype=dtype, requires_grad=True) for n in ((P, H) if kind == "LSTM" else (H,))]
+    if lengths or packed:
+        given = torch.randint(1 - lengths, T + 1, (B,))
+        given[0] = T
+        if packed:
+            x = pack_padded_sequence(x, given, enforce_sorted=False)
+        else:
+            options["lengths"] = given
+            x[torch.arange(T)[:, None] >= given] = torch.nan  # what lies past a length is never read
+    if reset:
+        options["reset"] = torch.rand(T, B) < 0.2
+    leaf = (x.data if packed else x).requires_grad_()
+
+    def call():
+        found = rnn(x._replace(data=leaf) if packed else leaf, tuple(hx) if len(hx) == 2 else hx[0], **options)
+        outs = tensors_in(found)
+        incoming = [torch.linspace(-1, 1, o.numel()).reshape(o.shape).to(dtype) for o in outs]
+        leaves = {"input": leaf, **{f"state {i}": h for i, h in enumerate(hx)}, **dict(rnn.named_parameters())}
+        grads = torch.autograd.grad(outs, list(leaves.values()), incoming)
+        return {f"result {i}": o.detach() for i, o in enumerate(outs)} | dict(zip(leaves, grads))
+
+    return call
+
+
+def differences(found, expected):
+    return [name for name, value in expected.items() if not found[name].equal(value)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
+def test_no_way_of_sharing_out_changes_a_bit(kind, variant, isa):
+    for number, size in enumerate(SIZES):
+        call = case(kind, *size, **VARIANTS[variant])
+        with shared_out("serial", 1):
+            expected = call()
+        for name, value in expected.items():
+            assert value.isfinite().all(), (size, name)
+        # The widest tier goes through everything; the others, which have the same code, through a part of it each.
+        ways = WAYS if isa == _C.isas()[-1] else WAYS[number % 3 :: 3]
+        for way in ways:
+            with shared_out(*way):
+                assert not differences(call(), expected), (size, way)
+
+
+def test_the_sizes_give_every_way_real_work():
+    """Else the test above would compare one thread with itself."""
+    with shared_out("batch", 8):
+        if _C.split("lstm", False, 9, 64, I, 70, 70, 1, 8)["slices"] < 8:
+            pytest.skip("the CPU quota of this process is below the eight threads of this test")
+    seen = set()
+    for split, threads in WAYS:
+        for (T, B, H), D in itertools.product(SIZES, (1, 2)):
+            with shared_out(split, threads):
+                found = _C.split("lstm", False, T, B, I, H, H, D, threads)
+            seen.add((split, found["directions"], found["slices"] > 1, found["parts"] > 1))
+    assert {tuple(way) for split, *way in seen if split == "serial"} == {(1, False, False)}
+    assert {tuple(way) for split, *way in seen if split == "batch"} >= {(1, True, False), (2, True, False)}
+    assert {tuple(way) for split, *way in seen if split == "hidden"} >= {(1, False, True), (2, False, True)}
+    assert len({tuple(way) for split, *way in seen if split == ""}) > 1
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split: expected 'serial', 'batch', 'hidden', or '' .*, got 'both'"):
+        _C.set_split("both")
+    with pytest.raises(ValueError, match="cell: expected the name of a cell, got 'nonsense'"):
+        _C.split("nonsense", False, 1, 1, 1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("split", ["serial", "batch", "hidden"])
+@pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
+def test_padding_is_never_touched(kind, split, isa):
+    """NaN, infinity or zero past the lengths: the same bits everywhere, nothing of it in any result."""
+    T, B, H = 9, 6, 130
+    kind, *projected = kind.split()
+    rnn = build(kind, I, H, 2, bidirectional=True, **({"proj_size": 70} if projected else {}))
+    lengths = torch.tensor([9, 0, 1, 5, 8, 3])
+    past = torch.arange(T)[:, None] >= lengths
+    x = torch.randn(T, B, I)
+    with shared_out(split, 3):
+        first = None
+        for filling in (0.0, torch.nan, torch.inf):
+            given = x.masked_fill(past[:, :, None], filling).requires_grad_()
+            output, _ = rnn(given, lengths=lengths)
+            gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+            # nor is the incoming gradient there
+            gradient[past] = filling
+            found = [output, *torch.autograd.grad(output, [given, *rnn.parameters()], gradient)]
+            first = first or found
+            assert all(f.equal(want) for f, want in zip(found, first)), filling
+        assert not found[0][past].any()
+        assert not found[1][past].any()
+        assert all(f.isfinite().all() for f in found)
+
+
+@pytest.mark.parametrize("split", ["batch", "hidden"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru", "lstm projected"])
+def test_the_tape_has_no_padding(cell, split, isa):
+    """Backward reads of the tape the stored rows, and of no row more: those behind them may hold anything."""
+    T, B, H = 9, 7, 130
+    cell, *projected = cell.split()
+    G, P = {"rnn_tanh": 1, "lstm": 4, "gru": 3}[cell], 70 if projected else H
+    shapes = [(G * H, I), (G * H, P), (G * H,), (G * H,), *[(P, H)] * len(projected)] * 2
+    weights = [torch.randn(shape) / 10 for shape in shapes]
+    x, lengths = torch.randn(T, B, I), torch.tensor([2, 9, 0, 4, 4, 1, 7])
+    common = (cell, x, None, None, weights, None, lengths, None)
+    needs = [True, True, cell == "lstm", *[True] * len(weights)]
+    with shared_out(split, 3):
+        output, *_, tape = ops.layer(*common, True, False, False, True)
+        gradient = torch.randn(output.shape)
+        stored = 2 * int(lengths.sum())  # two directions, one behind the other
+        tape = tape.clone()
+        rows = tape.view(-1, tape.size(-1))
+        assert rows.size(0) > stored
+        found = []
+        for filling in (0.0, torch.nan):
+            rows[stored:] = filling
+            found.append(ops.layer_backward(*common, tape, gradient, None, None, None, None, True, False, needs))
+        for a, b, needed in zip(*found, needs):
+            assert a.isfinite().all()
+            assert a.equal(b)
+            assert a.numel() or not needed
+        rows[stored - 1] = torch.nan  # and this is one of the stored ones: it matters
+        spoilt = ops.layer_backward(*common, tape, gradient, None, None, None, None, True, False, needs)
+        assert any(s.isnan().any() for s in spoilt)
+
+
+HANGING = """
+import torch, fastrnn
+from fastrnn import _C
+torch.manual_seed(0)
+modules = [fastrnn.LSTM(9, 200, 2, bidirectional=True), fastrnn.GRU(9, 130), fastrnn.LSTM(9, 200, proj_size=70)]
+x = torch.randn(25, 3, 9)
+def run():
+    found = []
+    for rnn in modules:
+        rnn.zero_grad()
+        output, _ = rnn(x, lengths=torch.tensor([25, 3, 14]))
+        output.sum().backward()
+        found += [output.detach(), *(p.grad for p in rnn.parameters())]
+    return found
+torch.set_num_threads(1)
+alone = run()
+torch.set_num_threads({threads})
+_C.set_split("hidden")
+for _ in range(3):
+    assert all(a.equal(b) for a, b in zip(run(), alone))
+print("finished")
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"OMP_WAIT_POLICY": "active"},
+        {"OMP_WAIT_POLICY": "passive"},
+        {"OMP_THREAD_LIMIT": "3"},
+        {"OMP_DYNAMIC": "true"},
+    ],
+    ids=str,
+)
+def test_parts_that_wait_for_each_other_on_too_few_cores(environment):
+    """Eight parts meet after every step on one or two cores: slow, right, and no hang."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | environment
+    pin = "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])\n"
+    source = (pin if hasattr(os, "sched_setaffinity") else "") + textwrap.dedent(HANGING.format(threads=8))
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "finished\n"
+
+
+def test_two_python_threads_that_both_have_parts():
+    """Both calls want the pool at once: each is right, whatever it gets."""
+    calls = [case(kind, 9, 3, 130, bidirectional=True) for kind in KINDS]
+    with shared_out("serial", 1):
+        expected = [call() for call in calls]
+    with shared_out("hidden", 2), ThreadPoolExecutor(2) as pool:
+        for k, found in enumerate(pool.map(lambda k: calls[k % 4](), range(16), timeout=120)):
+            assert not differences(found, expected[k % 4]), k
+
+
+def test_the_split_can_change_between_forward_and_backward():
+    """The tape is the same whoever wrote it."""
+    for kind in KINDS:
+        rnn, x = build(kind, I, 130, bidirectional=True), torch.randn(9, 5, I, requires_grad=True)
+        expected = None
+        for first, second in (("serial", "serial"), ("batch", "hidden"), ("hidden", "batch"), ("hidden", "serial")):
+            with shared_out(first, 4):
+                output, _ = rnn(x)
+            with shared_out(second, 3):
+                found = [output, *torch.autograd.grad(output.square().sum(), [x, *rnn.parameters()])]
+            expected = expected or found
+            assert all(a.equal(b) for a, b in zip(found, expected)), (kind, first, second)
+
+
+def test_explain_tells_what_was_forced():
+    with shared_out("serial", 2):
+        assert fastrnn.explain(fastrnn.LSTM(9, 200), torch.randn(9, 3, 9)).splits[0].startswith("one thread")
