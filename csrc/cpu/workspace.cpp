@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -87,6 +89,21 @@ Blocks& blocks() {
   static Blocks* all = new Blocks;
   return *all;
 }
+// A child forked while another thread was in one of the lists would find it locked for ever: fork waits for them.
+[[maybe_unused]] const int fork_handlers = pthread_atfork(
+    [] {
+      registry().mutex.lock();
+      blocks().mutex.lock();
+    },
+    [] {
+      blocks().mutex.unlock();
+      registry().mutex.unlock();
+    },
+    [] {
+      blocks().mutex.unlock();
+      registry().mutex.unlock();
+    });
+
 constexpr size_t block_header = 64;
 size_t& block_size(char* block) { return *reinterpret_cast<size_t*>(block); }
 
@@ -94,10 +111,9 @@ size_t& block_size(char* block) { return *reinterpret_cast<size_t*>(block); }
 
 void* take_block(size_t bytes) {
   bytes += block_header;
-  Blocks& all = blocks();
-  // Never wait: a process that forked while another thread was here would wait for ever.
-  std::unique_lock<std::mutex> mine(all.mutex, std::try_to_lock);
-  if (mine) {
+  {
+    Blocks& all = blocks();
+    std::lock_guard<std::mutex> mine(all.mutex);
     // The smallest that fits, if not much of it is wasted.
     auto best = all.idle.end();
     for (auto at = all.idle.begin(); at != all.idle.end(); ++at)
@@ -118,20 +134,19 @@ void* take_block(size_t bytes) {
 
 void give_block(void* data) {
   char* block = static_cast<char*>(data) - block_header;
-  Blocks& all = blocks();
-  std::unique_lock<std::mutex> mine(all.mutex, std::try_to_lock);
-  if (!mine || block_size(block) > kept_block_bytes) {
-    std::free(block);
-    return;
+  std::vector<char*> freed;  // outside the lock: giving memory back to the system takes its time
+  {
+    Blocks& all = blocks();
+    std::lock_guard<std::mutex> mine(all.mutex);
+    all.idle.push_back(block);
+    all.bytes += block_size(block);
+    while (all.bytes > kept_block_bytes) {  // the oldest go
+      freed.push_back(all.idle.front());
+      all.bytes -= block_size(all.idle.front());
+      all.idle.erase(all.idle.begin());
+    }
   }
-  all.idle.push_back(block);
-  all.bytes += block_size(block);
-  size_t oldest = 0;
-  for (; all.bytes > kept_block_bytes; ++oldest) {
-    all.bytes -= block_size(all.idle[oldest]);
-    std::free(all.idle[oldest]);
-  }
-  all.idle.erase(all.idle.begin(), all.idle.begin() + ptrdiff_t(oldest));
+  for (char* old : freed) std::free(old);
 }
 
 Workspace::Workspace() {
@@ -170,10 +185,14 @@ FASTRNN_EXPORT size_t release_workspace() {
     bytes += arena->size;
     arena->resize(0);
   }
-  std::lock_guard<std::mutex> mine(blocks().mutex);
-  for (char* block : blocks().idle) std::free(block);
-  blocks().idle.clear();
-  return bytes + std::exchange(blocks().bytes, 0);
+  std::vector<char*> freed;
+  {
+    std::lock_guard<std::mutex> mine(blocks().mutex);
+    freed.swap(blocks().idle);
+    bytes += std::exchange(blocks().bytes, 0);
+  }
+  for (char* block : freed) std::free(block);
+  return bytes;
 }
 
 }  // namespace fastrnn
