@@ -289,6 +289,10 @@ Problem check(const Arguments& a, bool bidirectional, bool one_step = false) {
 
 int64_t tape_width(const Problem& p) { return tape_width(*p.cell, p.layer.H, p.layer.P, p.projection); }
 
+Tensor new_tape(const Problem& p) {
+  return empty_block({p.layer.D, p.N, tape_width(p)}, p.compute, p.layer.dtype == Dtype::f64 ? 8 : 4);
+}
+
 // --------------------------------------------------------------------------------------------------------- forward
 
 void layer(StableIValue* stack, uint64_t, uint64_t) {
@@ -308,8 +312,7 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor c_n = has_c ? empty({f.D, f.B, f.H}, p.dtype) : none(p.dtype);
   const Tensor h_all = all_states ? empty({f.D, f.T, f.B, f.P}, p.dtype) : none(p.dtype);
   const Tensor c_all = all_states && has_c ? empty({f.D, f.T, f.B, f.H}, p.dtype) : none(p.dtype);
-  const Tensor tape =
-      save ? empty_block({f.D, p.N, tape_width(p)}, p.compute, p.layer.dtype == Dtype::f64 ? 8 : 4) : none(p.compute);
+  const Tensor tape = save ? new_tape(p) : none(p.compute);
 
   const ConstRows rows = rows_of(y, p.packed);
   f.y = {y.data_ptr(), rows.step, rows.row};
@@ -324,7 +327,7 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
   for (int i = 0; i < 6; ++i) stack[i] = stable::detail::from(*results[i]);
 }
 
-// One step of one layer and direction, for cells and control loops: no sequence, no tape, nothing but the new state.
+// One step of one layer and direction, for cells and control loops: nothing but the new state, and a tape if asked for.
 void step(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
   Arguments a;  // the members are in the schema's order
@@ -333,6 +336,7 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
   a.h0 = reader.take_optional();
   a.c0 = reader.take_optional();
   a.weights = reader.take<std::vector<Tensor>>();
+  const bool save = reader.take<bool>();
 
   const SerialInForkedChild serial;
   const Problem p = check(a, false, true);
@@ -340,12 +344,15 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
   static_cast<Layer&>(f) = p.layer;
   const Tensor h = empty({f.B, f.P}, p.dtype);
   const Tensor c = p.cell->has_c ? empty({f.B, f.H}, p.dtype) : empty({0}, p.dtype);
+  const Tensor tape = save ? new_tape(p) : empty({0}, p.compute);
   f.y = {h.data_ptr(), 0, f.P};
   f.h_n = h.data_ptr();
   if (p.cell->has_c) f.c_n = c.data_ptr();
+  if (save) f.tape = tape.data_ptr();
   if (f.B) current().forward(f, team());
   stack[0] = stable::detail::from(h);
   stack[1] = stable::detail::from(c);
+  stack[2] = stable::detail::from(tape);
 }
 
 // -------------------------------------------------------------------------------------------------------- backward
@@ -419,7 +426,9 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "layer(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? reset, bool bidirectional, bool batch_major, bool all_states, bool save) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, Tensor c_all, Tensor tape)");
-  m.def("step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights) -> (Tensor h, Tensor c)");
+  m.def(
+      "step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, bool save) "
+      "-> (Tensor h, Tensor c, Tensor tape)");
   m.def(
       "layer_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "

@@ -62,18 +62,17 @@ class _Layer(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """One step of a cell on the same operators: the dimension of time is added and taken away in here, where it leaves
-    no nodes in the graph. input (B, I), states (B, ...)."""
+    """One step of a cell: input (B, I), states (B, ...). Backward is the layer's; the dimension of time that it wants
+    is added in here, where it leaves no nodes in the graph."""
 
     @staticmethod
     def forward(ctx, cell, slots, *tensors):
-        input, h0, c0, *weights = _lift(tensors if slots is None else _spread(tensors, slots))
-        _, h, c, _, _, tape = ops.layer(cell, input, h0, c0, weights, None, None, None, False, False, False, True)
+        input, h0, c0, *weights = tensors if slots is None else _spread(tensors, slots)
+        h, c, tape = ops.step(cell, input, h0, c0, weights, True)
         ctx.save_for_backward(tape, *tensors)
         ctx.set_materialize_grads(False)
         ctx.arguments = (cell, slots)
-        # In place: a view could not be changed in place by the caller, as torch allows.
-        return (h.squeeze_(0), c.squeeze_(0)) if cell == "lstm" else h.squeeze_(0)
+        return (h, c) if cell == "lstm" else h
 
     @staticmethod
     def backward(ctx, d_h, d_c=None):
@@ -193,7 +192,7 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.step`, differentiable: input (B, I), states (B, ...). Returns h, c; None for the c of a cell without one."""
     if not torch.is_grad_enabled() or not _any_requires_grad(input, h0, c0, weights):
-        h, c = ops.step(cell, input, h0, c0, weights)
+        h, c, _ = ops.step(cell, input, h0, c0, weights, False)
         return h, c if cell == "lstm" else None
     tensors, slots = (input, h0, c0, *weights), None
     if torch.compiler.is_compiling():

@@ -90,23 +90,24 @@ def layer(
 
 
 def step(
-    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """One step of one layer and direction, for cells and loops that need no gradient: `layer` without a sequence.
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of one layer and direction, for cells: `layer` without a sequence.
 
     Args:
         cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
         input: (B, I). float32, float64, bfloat16 or float16.
         h0, c0: (B, P) and (B, H, LSTM only); None is zero.
         weights: w_ih (G*H, I), w_hh (G*H, P), [b_ih, b_hh (G*H)], [w_hr (P, H)].
+        save: write the tape that `layer_backward` needs, as of a layer with T = 1.
 
     Returns:
-        h (B, P), c (B, H; shape (0,) for a cell without one).
+        h (B, P), c (B, H), tape. What was not asked for, and c of a cell without one, has shape (0,).
 
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _step(cell, input, h0, c0, weights)
+    return _step(cell, input, h0, c0, weights, save)
 
 
 def layer_backward(
@@ -162,6 +163,13 @@ def _rows(like: Tensor, T, B, columns, batch_major: bool) -> Tensor:
     return like.new_empty(T, B, columns)
 
 
+def _tape(cell: str, like: Tensor, rows: tuple, H: int, P: int, projection: bool, save: bool) -> Tensor:
+    padded = [(n + 15) // 16 * 16 for n in (H, P)]  # problem.h: padded_to_tape_block
+    width = CELLS[cell]["tape"] * padded[0] + (padded[1] if projection else 0)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return like.new_empty((*rows, width) if save else 0, dtype=dtype)
+
+
 @torch.library.register_fake("fastrnn::layer")
 def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save):
     traits = CELLS[cell]
@@ -180,23 +188,21 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
         output = input.new_empty(N, D * P)
     none = input.new_empty
     has_c = traits["has_c"]
-    tape_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    padded = [(n + 15) // 16 * 16 for n in (H, P)]  # problem.h: padded_to_tape_block
-    width = traits["tape"] * padded[0] + (padded[1] if projection else 0)
     return (
         output,
         input.new_empty(D, B, P),
         input.new_empty(D, B, H) if has_c else none(0),
         input.new_empty(D, T, B, P) if all_states else none(0),
         input.new_empty(D, T, B, H) if all_states and has_c else none(0),
-        input.new_empty((D, N, width) if save else 0, dtype=tape_dtype),
+        _tape(cell, input, (D, N), H, P, projection, save),
     )
 
 
 @torch.library.register_fake("fastrnn::step")
-def _(cell, input, h0, c0, weights):
+def _(cell, input, h0, c0, weights, save):
     B, P, H = input.size(0), weights[1].size(1), weights[1].size(0) // CELLS[cell]["gates"]
-    return input.new_empty(B, P), input.new_empty(B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
+    h, c = input.new_empty(B, P), input.new_empty(B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
+    return h, c, _tape(cell, input, (1, B), H, P, len(weights) % 2 == 1, save)
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
@@ -249,7 +255,7 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
 
 
 @register_flop_formula(torch.ops.fastrnn.step)
-def _(cell, input, h0, c0, weights, out_shape=None, **kwargs) -> int:
+def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
     return sum(_products(cell, input, weights, False))
 
 

@@ -19,7 +19,6 @@ def release_workspace() -> int:
     """Gives that memory back to the system; returns how many bytes it was.
 
     Safe at any time and from any thread: what a running kernel uses, or a graph whose backward is still to come, stays.
-    Results do not depend on it; the next calls take fresh memory, which makes them slower. Not for a child that was
-    forked while other threads ran kernels: there this call, and workspace_bytes, may wait for ever.
+    Results do not depend on it; the next calls take fresh memory, which makes them slower.
     """
     return _C.release_workspace()

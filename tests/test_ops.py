@@ -1,4 +1,4 @@
-"""The two operators as operators: schema, fake kernels, strides, errors, and the count of their products."""
+"""The operators as operators: schema, fake kernels, strides, errors, and the count of their products."""
 
 import itertools
 
@@ -13,6 +13,7 @@ import fastrnn
 from fastrnn import ops
 
 LAYER, BACKWARD = torch.ops.fastrnn.layer.default, torch.ops.fastrnn.layer_backward.default
+STEP = torch.ops.fastrnn.step.default
 CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 OPTIONS = ["plain", "everything", "packed", "batch major", "empty batch", "no bias"]
 FIELDS = ["cell", "input", "h0", "c0", "weights", "batch_sizes", "lengths", "reset"]
@@ -67,6 +68,51 @@ def test_opcheck(cell, option, dtype):
     a["save"] = True
     for missing in [(), ("d_h_n", "d_c_n"), ("d_output",)]:
         opcheck(BACKWARD, tuple(backward_arguments(a, missing).values()))
+
+
+def step_arguments(cell, dtype=torch.float32, hx=True, proj=0, B=3, I=7, H=37):
+    """The arguments of `step`, and of `layer` for the same."""
+    a = arguments(cell, dtype, T=1, B=B, I=I, H=H, proj=proj, D=1)
+    if not hx:
+        a |= dict(h0=None, c0=None)
+    states = [None if a[k] is None else a[k][0] for k in ("h0", "c0")]
+    return [cell, a["input"][0], *states, a["weights"]], a
+
+
+@pytest.mark.parametrize("B", [1, 4, 5, 40])
+@pytest.mark.parametrize("hx", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
+def test_step_is_a_layer_of_one_step(cell, dtype, hx, B):
+    cell, *projected = cell.split()
+    step, a = step_arguments(cell, dtype, hx, proj=5 if projected else 0, B=B)
+    _, h_n, c_n, _, _, tape = LAYER(*a.values())
+    for save in (True, False):
+        h, c, own_tape = STEP(*step, save)
+        assert h.equal(h_n[0])
+        assert c.equal(c_n[0]) if cell == "lstm" else c.shape == (0,)
+        assert own_tape.shape == (tape.shape if save else (0,))
+    if B == 4:
+        opcheck(STEP, (*step, True))
+        opcheck(STEP, (*step, False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.zeros(7)}, r"input: expected 2 dimensions \(B, input_size\), got shape \(7,\)"),
+        ({2: torch.zeros(2, 37)}, r"h0: expected shape \(B, P\) = \(3, 37\), got \(2, 37\)"),
+        ({3: torch.zeros(3, 36)}, r"c0: expected shape \(B, H\) = \(3, 37\), got \(3, 36\)"),
+        ({0: "gru"}, r"weights\[1\] \(w_hh\): expected shape"),
+        ({4: [torch.zeros(148, 7)]}, r"weights: expected 2 to 5 tensors for each of 1 direction\(s\), got 1"),
+    ],
+)
+def test_step_names_what_is_wrong(change, message):
+    step, _ = step_arguments("lstm")
+    for place, value in change.items():
+        step[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        STEP(*step, False)
 
 
 def same_layout(fake, real):

@@ -98,8 +98,6 @@ struct BackwardPass {
   Worker* workers = nullptr;
   Barrier* barriers = nullptr;
 
-  bool wants_hidden(int d) const { return p.gradients[d].w_hh != nullptr; }
-
   void lay_out(char* memory) {
     Carve carve{memory};
     longest = ceil_div(p.B, split.slices);
@@ -321,7 +319,8 @@ struct BackwardPass {
     find_rows(w, s, k, from, carried);
     over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
-      const T* group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+      const T* group = nullptr;
+      if (carried) group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_even_rows<tile_rows>(0, carried, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];

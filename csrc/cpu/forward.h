@@ -75,7 +75,7 @@ struct ForwardPass {
     tile = cache / (blocks * G * W * int64_t(sizeof(T)));
     tile = tile < few ? few : tile > many ? many : tile;
     tile = smaller(tile, longest * p.T);
-    once = p.T == 1 && longest <= tile && split.workers == 1;
+    once = p.T == 1 && longest <= tile && split.slices == 1;
     folded = p.I <= folded_input && !once && !dot;
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
     for (int d = 0; d < p.D; ++d) {

@@ -18,9 +18,12 @@
 namespace fastrnn {
 namespace {
 
-constexpr double start_us = 1.5;       // fork and join of a team that is awake
-constexpr double barrier_us = 0.15;    // two threads; each doubling adds as much
-constexpr double step_us = 0.03;       // a step's own bookkeeping
+constexpr double start_us = 4;  // fork and join of a team that is awake, and its first looks at shared memory
+constexpr double barrier_us =
+    0.5;                          // two threads that exchange a state: 0.1 on one cache, 0.6 on two; a doubling adds it
+constexpr double pack_gbs = 12;   // writing packed weights
+constexpr double share_gbs = 8;   // reading what another core has packed
+constexpr double step_us = 0.03;  // a step's own bookkeeping
 constexpr double vector_gflops = 100;  // one core, float; half of it in double
 constexpr double scalar_gflops = 3;
 constexpr double l1_bytes = 28 * 1024, l1_gbs = 200, l2_gbs = 110, beyond_gbs = 40;
@@ -118,7 +121,9 @@ FASTRNN_EXPORT Split choose_split(const Layer& p, const CellTraits& cell, int th
     const Cost step =
         step_cost(p, cell, std::ceil(B / slices), std::ceil(blocks / group / parts) * group, parts, lanes, value_bytes);
     const int workers = directions * slices * parts;
-    return Cost{step.us * T * p.D / directions + (workers > 1 ? start_us : 0), step.limit};
+    const double weights = double(cell.gates) * double(p.H) * double(p.I + p.P) * value_bytes * 1e-3;  // a direction's
+    const double packing = weights / (slices * parts) / pack_gbs + weights / parts * (1 - 1.0 / slices) / share_gbs;
+    return Cost{(step.us * T + packing) * p.D / directions + (workers > 1 ? start_us : 0), step.limit};
   };
   Split best;
   Cost cost = evaluate(1, 1, 1);
@@ -145,7 +150,6 @@ FASTRNN_EXPORT Split choose_split(const Layer& p, const CellTraits& cell, int th
              wanted == 3 ? std::min(share, most_parts) : 1, true);
   }
   best.limit = cost.limit;
-  best.step_us = cost.us / std::max(T, 1.0);
   return best;
 }
 

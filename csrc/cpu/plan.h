@@ -14,7 +14,6 @@ struct Split {
   int slices = 1;          // of the rows, in each direction
   int parts = 1;           // of the hidden units, in each slice
   const char* limit = "";  // what bounds a step, by the model
-  double step_us = 0;      // what a step should take, by the model
 
   int recurrent() const { return directions * slices * parts; }  // workers of the recurrence
 };
