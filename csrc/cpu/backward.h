@@ -488,30 +488,32 @@ struct BackwardPass {
 
   // Calls f(sum) for every sum that the chunk in `b` contributes to.
   template <class F>
-  void over_sums(int d, const Buffer& b, const F& f) const {
+  void over_sums(int d, const Buffer& b, int64_t rows, const F& f) const {
     using Sum = typename GradientTasks<V>::Sum;
     const auto& to = p.gradients[d];
     const auto at = [](void* result, int64_t values) { return result ? static_cast<T*>(result) + values : nullptr; };
     for (int g = 0; g < G; ++g)
-      f(Sum{b.dgates + (X + g) * blocks * R * W, p.H, b.x, p.I, R, at(to.w_ih, g * p.H * p.I), at(to.b_ih, g * p.H)});
+      f(Sum{b.dgates + (X + g) * blocks * R * W, p.H, b.x, p.I, rows, R, at(to.w_ih, g * p.H * p.I),
+            at(to.b_ih, g * p.H)});
     for (int s = 0; s < G; ++s) {
       const int g = Cell::hidden_gate[s];
-      f(Sum{b.dgates + s * blocks * R * W, p.H, b.h_prev, p.P, R, at(to.w_hh, g * p.H * p.P), at(to.b_hh, g * p.H)});
+      f(Sum{b.dgates + s * blocks * R * W, p.H, b.h_prev, p.P, rows, R, at(to.w_hh, g * p.H * p.P),
+            at(to.b_hh, g * p.H)});
     }
-    f(Sum{b.dh_out, p.P, b.h_raw, p.H, R, at(to.w_hr, 0), nullptr});
+    f(Sum{b.dh_out, p.P, b.h_raw, p.H, rows, R, at(to.w_hr, 0), nullptr});
   }
 
   void reduce(int64_t worker, int round, int64_t k) {
     for (int d = first_direction(round); d < end_direction(round); ++d) {
       const Buffer& b = buffers[2 * d + (k & 1)];
       const int64_t c = chunk(d, k), rows = rows_of(c);
-      // A worker gets the tasks that begin in its part of the whole cost: the same ones for every chunk.
+      // A worker gets the tasks that begin in its part of the whole cost.
       int64_t all = 0, done = 0;
-      over_sums(d, b, [&](const auto& sum) { all += sum.cost(); });
+      over_sums(d, b, rows, [&](const auto& sum) { all += sum.cost(); });
       const int64_t begin = share_of(all, worker, split.workers), end = share_of(all, worker + 1, split.workers);
-      over_sums(d, b, [&](const auto& sum) {
+      over_sums(d, b, rows, [&](const auto& sum) {
         for (int64_t i = 0, n = sum.tasks(); i < n; done += sum.cost_of(i++))
-          if (done >= begin && done < end) GradientTasks<V>::run(sum, i, rows, k == 0);
+          if (done >= begin && done < end) GradientTasks<V>::run(sum, i, k == 0);
       });
       if (p.dx.data) input_gradient(worker, d, k, c, b);
     }

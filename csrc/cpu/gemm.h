@@ -9,7 +9,7 @@
 // runs of 64 would take from short ones what makes them more accurate than a plain sum. (The one exception is dot_group
 // in pack.h.)
 
-FASTRNN_INLINE int64_t run_length(int64_t K) { return K <= 64 ? 32 : 64; }
+FASTRNN_INLINE int64_t run_length(int64_t K) { return K <= 128 ? 32 : 64; }
 constexpr int group_vectors = 4;
 
 template <int N>

@@ -20,51 +20,56 @@ struct GradientTasks {
     int64_t units;   // columns of left: rows of the gradient
     const T* right;  // blocks as well
     int64_t columns;
-    int64_t ld;  // rows that a block has room for
-    T* weight;   // [units][columns]
-    T* bias;     // [units]
+    int64_t rows;  // to add up
+    int64_t ld;    // rows that a block has room for
+    T* weight;     // [units][columns]
+    T* bias;       // [units]
+
+    // A task is one block of units by one group of columns.
+    int64_t blocks() const { return ceil_div(units, W); }
     int64_t vectors() const { return weight ? ceil_div(columns, W) : 0; }
-    int64_t tasks() const {
-      return weight || bias ? ceil_div(units, W) * larger(1, ceil_div(vectors(), tile_columns)) : 0;
-    }
+    int64_t groups() const { return larger(1, ceil_div(vectors(), tile_columns)); }
+    int64_t tasks() const { return weight || bias ? blocks() * groups() : 0; }
+    // Of many rows, a group of columns stays in the cache for all blocks. Of few, writing the result is all the work:
+    // its rows are written whole.
+    bool by_block() const { return rows < 32; }
+    int64_t block_of(int64_t task) const { return by_block() ? task / groups() : task % blocks(); }
+    int64_t group_of(int64_t task) const { return by_block() ? task % groups() : task / blocks(); }
     // In columns, and one for reading the left block.
-    int64_t cost_of(int64_t index) const {
-      const int64_t group = index / ceil_div(units, W);
-      return 1 + smaller(tile_columns, vectors() - group * tile_columns);
-    }
-    int64_t cost() const { return weight || bias ? tasks() + ceil_div(units, W) * vectors() : 0; }
+    int64_t cost_of(int64_t task) const { return 1 + smaller(tile_columns, vectors() - group_of(task) * tile_columns); }
+    int64_t cost() const { return tasks() + (weight || bias ? blocks() * vectors() : 0); }
   };
 
-  // Task `index` of a sum: one block of units by one group of columns, over `rows` rows. first: nothing is there yet.
-  static void run(const Sum& s, int64_t index, int64_t rows, bool first) {
-    const int64_t blocks = ceil_div(s.units, W), block = index % blocks, group = index / blocks;
+  // first: nothing is there yet.
+  static void run(const Sum& s, int64_t task, bool first) {
+    const int64_t block = s.block_of(task), group = s.group_of(task);
     const int64_t units = smaller(W, s.units - block * W);
     const T* left = s.left + block * s.ld * W;
-    if (s.bias && group == 0) add_up(left, rows, units, first, s.bias + block * W);
+    if (s.bias && group == 0) add_up(left, s.rows, units, first, s.bias + block * W);
     if (s.weight == nullptr) return;
     const int64_t vector = group * tile_columns, vectors = smaller(tile_columns, s.vectors() - vector);
     over_groups<tile_columns>(vector, vector + vectors, [&](auto n, int64_t v) {
       constexpr int columns = decltype(n)::value;
       over_rows<tile_units>(0, units, [&](auto m, int64_t i) {
-        multiply<decltype(m)::value, columns>(s, left + i, block * W + i, v, rows, first);
+        multiply<decltype(m)::value, columns>(s, left + i, block * W + i, v, first);
       });
     });
   }
 
  private:
   template <int M, int U>
-  static void multiply(const Sum& s, const T* left, int64_t unit, int64_t vector, int64_t rows, bool first) {
+  static void multiply(const Sum& s, const T* left, int64_t unit, int64_t vector, bool first) {
     V sum[M][U];
     clear(sum);
     const T* right = s.right + vector * s.ld * W;
     if (!first)  // the sums so far are far away, and wanted only at the end
       for (int r = 0; r < M; ++r)
         for (int v = 0; v < U; ++v) __builtin_prefetch(s.weight + (unit + r) * s.columns + (vector + v) * W, 1);
-    const int64_t run = run_length(rows);
-    for (int64_t k = 0; k < rows; k += run) {
+    const int64_t run = run_length(s.rows);
+    for (int64_t k = 0; k < s.rows; k += run) {
       V part[M][U];
       clear(part);
-      accumulate(part, left + k * W, 1, W, right + k * W, W, s.ld * W, smaller(run, rows - k));
+      accumulate(part, left + k * W, 1, W, right + k * W, W, s.ld * W, smaller(run, s.rows - k));
       add(sum, part);
     }
     for (int r = 0; r < M; ++r)
