@@ -23,7 +23,7 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------- arguments and checks
 
-// What both ops begin with, in the schema's order.
+// What the ops begin with, in their schemas' order; a step has nothing after the weights.
 struct Arguments {
   std::string cell;
   Tensor input;
@@ -32,13 +32,14 @@ struct Arguments {
   std::optional<Tensor> batch_sizes, lengths, reset;
 };
 
-Arguments take_arguments(Reader& reader) {
-  Arguments a;  // the members are in the schema's order
+Arguments take_arguments(Reader& reader, bool one_step = false) {
+  Arguments a;
   a.cell = reader.take_string();
   a.input = reader.take<Tensor>();
   a.h0 = reader.take_optional();
   a.c0 = reader.take_optional();
   a.weights = reader.take<std::vector<Tensor>>();
+  if (one_step) return a;
   a.batch_sizes = reader.take_optional();
   a.lengths = reader.take_optional();
   a.reset = reader.take_optional();
@@ -289,8 +290,10 @@ Problem check(const Arguments& a, bool bidirectional, bool one_step = false) {
 
 int64_t tape_width(const Problem& p) { return tape_width(*p.cell, p.layer.H, p.layer.P, p.projection); }
 
+int64_t compute_size(const Problem& p) { return p.layer.dtype == Dtype::f64 ? 8 : 4; }
+
 Tensor new_tape(const Problem& p) {
-  return empty_block({p.layer.D, p.N, tape_width(p)}, p.compute, p.layer.dtype == Dtype::f64 ? 8 : 4);
+  return empty_block({p.layer.D, p.N, tape_width(p)}, p.compute, compute_size(p));
 }
 
 // --------------------------------------------------------------------------------------------------------- forward
@@ -330,12 +333,7 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
 // One step of one layer and direction, for cells and control loops: nothing but the new state, and a tape if asked for.
 void step(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
-  Arguments a;  // the members are in the schema's order
-  a.cell = reader.take_string();
-  a.input = reader.take<Tensor>();
-  a.h0 = reader.take_optional();
-  a.c0 = reader.take_optional();
-  a.weights = reader.take<std::vector<Tensor>>();
+  const Arguments a = take_arguments(reader, true);
   const bool save = reader.take<bool>();
 
   const SerialInForkedChild serial;
@@ -406,7 +404,7 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
     const size_t i = k % p.per_direction;
     void** places[5] = {&to.w_ih, &to.w_hh, &to.b_ih, &to.b_hh, &to.w_hr};
     Tensor& result = results[3 + k];
-    result = empty(sizes_of(a.weights[k]), p.compute);
+    result = empty_block(sizes_of(a.weights[k]), p.compute, compute_size(p));
     *places[p.projection && i == p.per_direction - 1 ? 4 : i] = result.data_ptr();
     if (!b.B) std::memset(result.data_ptr(), 0, result.numel() * result.element_size());
   }

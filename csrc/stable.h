@@ -113,7 +113,7 @@ Tensor empty(const Sizes& sizes, int32_t dtype) {
   return empty_strided(sizes, strides, dtype);
 }
 
-// The same in memory that is used again: for a tape, which is large and short-lived.
+// The same in memory that is used again: for tapes and gradients, which are large and new at every training step.
 Tensor empty_block(const Sizes& sizes, int32_t dtype, int64_t element_size) {
   constexpr int64_t worthwhile = 64 * 1024;
   int64_t values = 1;
@@ -131,7 +131,7 @@ Tensor empty_block(const Sizes& sizes, int32_t dtype, int64_t element_size) {
       block, sizes.size(), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
       aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { give_block(data); }, nullptr);
   if (code != TORCH_SUCCESS) give_block(block);
-  succeed(code, "making a tensor of the tape");
+  succeed(code, "making a tensor of kept memory");
   return Tensor(handle);
 }
 

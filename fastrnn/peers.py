@@ -7,6 +7,7 @@ except for the number of threads, OpenVINO's hint for latency, and the precision
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 
 import torch
@@ -79,7 +80,7 @@ def onnx_model(module: torch.nn.Module, family: str, T: int, B: int, states: int
     return model.SerializeToString()
 
 
-class Peer:
+class Peer(abc.ABC):
     """One workload on one peer. `case` is a measure.Case."""
 
     name = package = ""
@@ -109,12 +110,13 @@ class Peer:
             self.expected = case.output("torch", module, case.x, case.hx).float().reshape(w.T, w.B, -1)
         self.load(model, case.dtype)
 
+    @abc.abstractmethod
     def load(self, model: bytes, dtype: torch.dtype) -> None:
-        raise NotImplementedError
+        """Makes the peer's own form of the ONNX model."""
 
+    @abc.abstractmethod
     def run(self):
         """What is timed; returns the output."""
-        raise NotImplementedError
 
     def difference(self) -> float:
         """The largest, relative to the largest element where that is above 1."""

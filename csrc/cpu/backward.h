@@ -251,24 +251,14 @@ struct BackwardPass {
       }
       if (w.idle || (split.directions == 2 && d != place.direction)) continue;
       if (!once) {
-        pack_share(w_hh[d], source_hh(d), place);
-        if (projected) pack_share(w_hr[d], source_hr(d), place);
+        pack_share(w_hh[d], source_hh(d), storage, split, place, unused);
+        if (projected) pack_share(w_hr[d], source_hr(d), storage, split, place, unused);
       }
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
     }
     if (p.dx.data && p.lengths && !p.packed)
       for (int64_t b = share_of(p.B, worker, split.workers); b < share_of(p.B, worker + 1, split.workers); ++b)
         for (int64_t t = p.lengths[b]; t < p.T; ++t) __builtin_memset(dx_row(t, b), 0, size_t(p.I) * dx_size());
-  }
-
-  void pack_share(const Packed<V, 1>& m, const Source& source, const Place& place) {
-    const int64_t groups = group_count(m);
-    const int64_t begin = share_of(groups, place.part, split.parts),
-                  end = share_of(groups, place.part + 1, split.parts);
-    T* const unused = nullptr;
-    for (int64_t g = begin + share_of(end - begin, place.slice, split.slices);
-         g < begin + share_of(end - begin, place.slice + 1, split.slices); ++g)
-      pack(m, source, storage, g, unused);
   }
 
   void load_states(const Worker& w, int d, int64_t i) {

@@ -178,23 +178,12 @@ struct ForwardPass {
       if (split.directions == 2 && d != place.direction) continue;
       if (place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
       if (!once) {
-        pack_share(w_ih[d], source_ih(d), place, scratch);
-        pack_share(w_hh[d], source_hh(d), place, scratch);
-        if (projected) pack_share(w_hr[d], source_hr(d), place, scratch);
+        pack_share(w_ih[d], source_ih(d), storage, split, place, scratch);
+        pack_share(w_hh[d], source_hh(d), storage, split, place, scratch);
+        if (projected) pack_share(w_hr[d], source_hr(d), storage, split, place, scratch);
       }
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
     }
-  }
-
-  template <int columns>
-  void pack_share(const Packed<V, columns>& m, const Source& source, const Place& place, T* scratch) {
-    const int64_t groups = group_count(m);
-    const int64_t begin = share_of(groups, place.part, split.parts),
-                  end = share_of(groups, place.part + 1, split.parts);
-    const int64_t all = end - begin;
-    for (int64_t g = begin + share_of(all, place.slice, split.slices);
-         g < begin + share_of(all, place.slice + 1, split.slices); ++g)
-      pack(m, source, storage, g, scratch);
   }
 
   void pack_bias(const Weights& w, T* to_x, T* to_h) {

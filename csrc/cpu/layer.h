@@ -77,6 +77,18 @@ static int64_t first_block(const Packed<V, G>& m, int64_t i, int64_t n) {
   return smaller(share_of(group_count(m), i, n) * Packed<V, G>::U, m.blocks);
 }
 
+// Packs what the worker at `place` has to: the weights of its own part, divided among the slices.
+template <class V, int G>
+static void pack_share(const Packed<V, G>& m, const Source& source, const Storage<V>& storage, const Split& split,
+                       const Place& place, typename V::T* scratch) {
+  const int64_t groups = group_count(m);
+  const int64_t begin = share_of(groups, place.part, split.parts);
+  const int64_t all = share_of(groups, place.part + 1, split.parts) - begin;
+  for (int64_t g = begin + share_of(all, place.slice, split.slices);
+       g < begin + share_of(all, place.slice + 1, split.slices); ++g)
+    pack(m, source, storage, g, scratch);
+}
+
 FASTRNN_INLINE const char* bytes(const void* p) { return static_cast<const char*>(p); }
 FASTRNN_INLINE char* bytes(void* p) { return static_cast<char*>(p); }
 
