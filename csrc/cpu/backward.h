@@ -417,6 +417,8 @@ struct BackwardPass {
     const Row& row = w.rows[i];
     const int64_t unit = block * W, at = row.at;
     V tape[Cell::tape], da[S], h_prev = V::set(0), c_prev = V::set(0), dc = V::set(0);
+    const T* soon = row.tape + (s.d ? 2 : -2) * tape_row + unit;
+    for (int k = 0; k < Cell::tape; ++k) __builtin_prefetch(soon + k * tape_h);
     for (int k = 0; k < Cell::tape; ++k) tape[k] = V::load(row.tape + k * tape_h + unit);
     if (Cell::reads_h || (s.buffer.h_prev && !projected))
       h_prev = row.before ? hidden(row.before, unit) : V::load(row.h_first + unit);

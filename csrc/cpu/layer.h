@@ -40,29 +40,28 @@ FASTRNN_INLINE bool is_cut(const Layer& p, int d, int64_t t, int64_t b) {
   return t + 1 < length_of(p, b) && p.reset[(t + 1) * p.reset_step + b * p.reset_row];
 }
 
-// The rows of one slice: ranks base + i * step, i < count. Neighbours where all rows are equally long, else dealt out
-// in turn, so that every slice has its share of long rows.
+// The rows of one slice. Neighbours where all rows are equally long; else dealt out in turn, there and back (0 1 1 0 0
+// 1 ...), so that every slice has its share of long rows.
 struct Slice {
-  int64_t base, step, count;
+  int64_t begin, count;
+  int64_t index, slices;  // slices is 0 where rows are neighbours
 
-  Slice(const Layer& p, int slices, int s) {
-    if (p.first_row) {
-      base = s;
-      step = slices;
-      count = s < p.B ? ceil_div(p.B - s, slices) : 0;
+  Slice(const Layer& p, int of, int s) : begin(0), index(s), slices(p.first_row ? of : 0) {
+    if (slices) {
+      count = dealt(p.B);
     } else {
-      base = share_of(p.B, s, slices);
-      step = 1;
-      count = share_of(p.B, s + 1, slices) - base;
+      begin = share_of(p.B, s, of);
+      count = share_of(p.B, s + 1, of) - begin;
     }
   }
-  int64_t rank(int64_t i) const { return base + i * step; }
+  int64_t rank(int64_t i) const { return slices ? i * slices + turn(i) : begin + i; }
   // How many rows, the first ones, are active at step t.
-  int64_t active(const Layer& p, int64_t t) const {
-    if (p.first_row == nullptr) return count;
-    const int64_t all = active_rows(p, t);
-    return all > base ? ceil_div(all - base, step) : 0;
-  }
+  int64_t active(const Layer& p, int64_t t) const { return slices ? dealt(active_rows(p, t)) : count; }
+
+ private:
+  int64_t turn(int64_t round) const { return round % 2 ? slices - 1 - index : index; }
+  // How many of the first n ranks this slice has.
+  int64_t dealt(int64_t n) const { return n / slices + (n % slices > turn(n / slices)); }
 };
 
 // Packing is shared out by groups.
