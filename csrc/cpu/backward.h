@@ -311,7 +311,7 @@ struct BackwardPass {
       constexpr int U = decltype(u)::value;
       const T* group = nullptr;
       if (carried) group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
-      over_even_rows<tile_rows>(0, carried, [&](auto m, int64_t i) {
+      over_even_rows<tile_rows<U>>(0, carried, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
         const T* dgates[M];
@@ -392,7 +392,7 @@ struct BackwardPass {
     over_groups<Packed<V, 1>::U>(w.first, w.last, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = group_at(w_hr[d], source_hr(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
-      over_rows<tile_rows>(0, s.now, [&](auto m, int64_t i) {
+      over_rows<tile_rows<U>>(0, s.now, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
         product(sum, s.state.dh + i * Pp, Pp, group, p.P);
@@ -526,7 +526,7 @@ struct BackwardPass {
     over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = group_at(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
-      over_even_rows<tile_rows>(0, count, [&](auto m, int64_t i) {
+      over_even_rows<tile_rows<U>>(0, count, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
         const T* left[M];

@@ -303,7 +303,7 @@ struct ForwardPass {
       constexpr int U = decltype(u)::value, N = U * G;
       const T* bias = bias_x[d] + block * G * W;
       const T* group = dot ? nullptr : group_at(w_ih[d], source, storage, block, U, w.panel, w.scratch);
-      over_rows<tile_rows>(0, rows, [&](auto m, int64_t i) {
+      over_rows<tile_rows<N>>(0, rows, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][N];
         if (dot)
@@ -333,7 +333,7 @@ struct ForwardPass {
     over_groups<U>(first, w.last, [&](auto u, int64_t block) {
       constexpr int blocks = decltype(u)::value;
       const T* group = dot ? nullptr : group_at(w_hh[s.d], source, storage, block, blocks, w.panel, w.scratch);
-      over_even_rows<tile_rows>(begin, end, [&](auto m, int64_t i) {
+      over_even_rows<tile_rows<blocks * G>>(begin, end, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][blocks * G];
         if (dot)
@@ -356,7 +356,8 @@ struct ForwardPass {
       for (int v = 0; v < count * G; ++v) x[v] = V::set(0);
       for (int64_t k = 0; k < p.I; ++k) {
         const V left = V::set(w.x[i * p.I + k]);
-        for (int v = 0; v < count * G; ++v) x[v] = fma(left, V::load(weights + (k * count * G + v) * W), x[v]);
+        for (int v = 0; v < count * G; ++v)
+          x[v] = fma(left, V::load(weights + place_in_group<count * G, V>(p.I, k, v)), x[v]);
       }
       for (int v = 0; v < count * G; ++v) x[v] = x[v] + V::load(bias_x[s.d] + (block * G + v) * W);
     } else {
@@ -415,7 +416,7 @@ struct ForwardPass {
     over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = dot ? nullptr : group_at(w_hr[d], source, storage, block, U, w.panel, w.scratch);
-      over_rows<tile_rows>(0, w.slice.active(p, s.t), [&](auto m, int64_t i) {
+      over_rows<tile_rows<U>>(0, w.slice.active(p, s.t), [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
         if (dot)

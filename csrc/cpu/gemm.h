@@ -1,7 +1,8 @@
 // The one micro-kernel every product goes through: input projection, recurrence, the dh chain, dx, weight gradients.
 //
 // A tile is M rows of the left matrix by N vectors of columns of the right one; its accumulators stay in registers.
-// The right matrix lies in packed groups, [K][vectors][lanes] (pack.h), or is Blocked: [vector][K][lanes].
+// The right matrix lies in packed groups of N vectors, panel after panel, [N / panel][K][panel][lanes] (pack.h), or is
+// Blocked: [vector][K][lanes]. A panel is what a tall tile sums at once, so that it reads one stream of memory.
 //
 // Summation order, which fixes the bits: for every output, k goes upwards in runs, each run summed from zero by fma,
 // the run sums added in order. It depends on K alone: not on the rows around, the tile, or the threads. Short runs also
@@ -23,7 +24,7 @@ static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b
 
 template <int M, int N, class V>
 FASTRNN_INLINE void clear(V (&sum)[M][N]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) sum[m][v] = V::set(0);
@@ -31,10 +32,19 @@ FASTRNN_INLINE void clear(V (&sum)[M][N]) {
 
 template <int M, int N, class V>
 FASTRNN_INLINE void add(V (&sum)[M][N], const V (&part)[M][N]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) sum[m][v] = sum[m][v] + part[m][v];
+}
+
+// sum[m][first + c] = columns[m][c].
+template <int M, int N, int C, class V>
+FASTRNN_INLINE void put(V (&sum)[M][N], int first, const V (&columns)[M][C]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sum[m][first + c] = columns[m][c];
 }
 
 // part[m][v] += left(m) * right(v). What there is less of is loaded first, so that sums and operands fit the registers.
@@ -42,7 +52,7 @@ template <int M, int N, class V, class Left, class Right>
 FASTRNN_INLINE void multiply_add(V (&part)[M][N], const Left& left, const Right& right) {
   if constexpr (M < N) {
     V x[M];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) x[m] = left(m);
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
@@ -54,7 +64,7 @@ FASTRNN_INLINE void multiply_add(V (&part)[M][N], const Left& left, const Right&
     V y[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) y[v] = right(v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const V x = left(m);
 #pragma GCC unroll 8
@@ -73,17 +83,44 @@ FASTRNN_INLINE void accumulate(V (&part)[M][N], const typename V::T* a, int64_t 
         [&](int v) { return V::load(b + k * b_k + v * b_vector); });
 }
 
+template <int N>
+constexpr int panel = N % 2 ? N : 2;
+
+// Where depth k of vector v of a packed group lies.
+template <int N, class V>
+FASTRNN_INLINE int64_t place_in_group(int64_t K, int64_t k, int v) {
+  constexpr int P = panel<N>;
+  return ((v / P * K + k) * P + v % P) * V::lanes;
+}
+
+// Rows of a tile of N vectors: summed panel by panel, if need be.
+template <int N>
+constexpr int tile_rows = N == 3 ? tall_rows_of_three : tall_rows;
+
+// How many of the N vectors a tile of M rows sums at once.
+template <int M, int N>
+constexpr int columns_at_once = M * N <= accumulators ? N : panel<N>;
+
 // sum[m][v] = sum over k of a[m * lda + k] * b[k][v], b a packed group.
 template <int M, int N, class V>
 FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda, const typename V::T* b, int64_t K) {
-  constexpr int64_t b_k = N * V::lanes;
+  constexpr int C = columns_at_once<M, N>;
   const int64_t run = run_length(K);
-  clear(sum);
-  for (int64_t k = 0; k < K; k += run) {
-    V part[M][N];
-    clear(part);
-    accumulate(part, a + k, lda, 1, b + k * b_k, b_k, V::lanes, smaller(run, K - k));
-    add(sum, part);
+  for (int first = 0; first < N; first += C) {
+    V columns[M][C];
+    clear(columns);
+    for (int64_t begin = 0; begin < K; begin += run) {
+      V part[M][C];
+      clear(part);
+      const int64_t end = smaller(begin + run, K);
+      const typename V::T* right = b + place_in_group<N, V>(K, 0, first);
+      for (int64_t k = begin; k < end; ++k)
+        multiply_add(
+            part, [&](int m) { return V::set(a[m * lda + k]); },
+            [&](int v) { return V::load(right + place_in_group<N, V>(K, k, v)); });
+      add(columns, part);
+    }
+    put(sum, first, columns);
   }
 }
 
@@ -92,7 +129,6 @@ FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda,
 template <int N, class V>
 FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, const typename V::T* b, int64_t next,
                                     int64_t K) {
-  constexpr int64_t b_k = N * V::lanes;
   const int64_t run = run_length(K);
   clear(sum);
   for (int64_t k = 0; k < K; k += run) {
@@ -104,7 +140,8 @@ FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, cons
 #pragma GCC unroll 2
       for (int g = 0; g < 2; ++g)
 #pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) part[g][v] = fma(left, V::load(b + g * next + i * b_k + v * V::lanes), part[g][v]);
+        for (int v = 0; v < N; ++v)
+          part[g][v] = fma(left, V::load(b + g * next + place_in_group<N, V>(K, i, v)), part[g][v]);
     }
     add(sum, part);
   }
@@ -116,22 +153,28 @@ template <int M, int N, class V>
 FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* const (&a)[M], int64_t a_block,
                                       const typename V::T* b, int gates, int64_t H) {
   constexpr int64_t W = V::lanes;
-  clear(sum);
+  constexpr int C = columns_at_once<M, N>;
   const int64_t blocks = ceil_div(H, W), run = run_length(H);
-  for (int g = 0; g < gates; ++g)
-    for (int64_t k = 0; k < H; k += run) {
-      V part[M][N];
-      clear(part);
-      const int64_t end = smaller(k + run, H);
-      for (int64_t i = k; i < end; i += W) {
-        const int64_t at = (g * blocks + i / W) * a_block, n = smaller(W, end - i);
-        const typename V::T* right = b + (g * H + i) * N * W;
-        for (int64_t j = 0; j < n; ++j, right += N * W)
-          multiply_add(
-              part, [&](int m) { return V::set(a[m][at + j]); }, [&](int v) { return V::load(right + v * W); });
+  for (int first = 0; first < N; first += C) {
+    V columns[M][C];
+    clear(columns);
+    for (int g = 0; g < gates; ++g)
+      for (int64_t k = 0; k < H; k += run) {
+        V part[M][C];
+        clear(part);
+        const int64_t end = smaller(k + run, H);
+        for (int64_t i = k; i < end; i += W) {
+          const int64_t at = (g * blocks + i / W) * a_block, n = smaller(W, end - i);
+          const typename V::T* right = b + place_in_group<N, V>(gates * H, g * H + i, first);
+          for (int64_t j = 0; j < n; ++j)
+            multiply_add(
+                part, [&](int m) { return V::set(a[m][at + j]); },
+                [&](int v) { return V::load(right + place_in_group<N, V>(gates * H, j, v)); });
+        }
+        add(columns, part);
       }
-      add(sum, part);
-    }
+    put(sum, first, columns);
+  }
 }
 
 // Calls f(Int<M>, i) for tiles of M = Most rows, then of ever fewer, until n rows are covered.
@@ -141,20 +184,19 @@ FASTRNN_INLINE void over_rows(int64_t i, int64_t n, const F& f) {
   if constexpr (Most > 1) over_rows<(Most > 4 ? 4 : Most > 2 ? 2 : 1)>(i, n, f);
 }
 
+// Calls f(Int<n>, i) for a number n <= Most.
+template <int Most, class F>
+FASTRNN_INLINE void with_rows(int64_t n, int64_t i, const F& f) {
+  if (n == Most) return f(Int<Most>{}, i);
+  if constexpr (Most > 1) with_rows<Most - 1>(n, i, f);
+}
+
 // The same in the fewest tiles, of nearly equal height: a lone row costs as much as several.
 template <int Most, class F>
 FASTRNN_INLINE void over_even_rows(int64_t begin, int64_t n, const F& f) {
   for (int64_t i = begin, tiles = ceil_div(n - begin, Most); tiles > 0; --tiles) {
     const int64_t rows = ceil_div(n - i, tiles);
-    if constexpr (Most >= 6) {
-      if (rows == 6) f(Int<6>{}, i);
-      if (rows == 5) f(Int<5>{}, i);
-      if (rows == 4) f(Int<4>{}, i);
-    }
-    if constexpr (Most >= 3)
-      if (rows == 3) f(Int<3>{}, i);
-    if (rows == 2) f(Int<2>{}, i);
-    if (rows == 1) f(Int<1>{}, i);
+    with_rows<Most>(rows, i, f);
     i += rows;
   }
 }

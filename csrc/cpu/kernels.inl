@@ -17,13 +17,14 @@
 namespace fastrnn::FASTRNN_NAMESPACE {
 namespace {
 
-// Rows of a register tile: with four vectors of columns, as many accumulators as the registers hold.
+// A register tile: so many sums leave registers for the operands. Tall tiles load the weights seldom; how tall is best,
+// was measured, for panels of three vectors (GRU) and for the others.
 #if defined(FASTRNN_ISA_AVX512)
-constexpr int tile_rows = 6;
+constexpr int accumulators = 24, tall_rows = 8, tall_rows_of_three = 6;
 #elif defined(FASTRNN_ISA_AVX2)
-constexpr int tile_rows = 3;
+constexpr int accumulators = 12, tall_rows = 6, tall_rows_of_three = 4;
 #else
-constexpr int tile_rows = 2;
+constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #endif
 
 // clang-format off: each builds on the one before

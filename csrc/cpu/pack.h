@@ -107,19 +107,20 @@ static void pack_group(const Source& from, const Storage<V>& storage, int64_t K,
                        typename V::T* group, typename V::T* scratch) {
   using T = typename V::T;
   constexpr int W = V::lanes;
-  const int64_t N = blocks * G;
+  const int N = int(blocks * G), panel = N % 2 ? N : 2;
   for (int64_t u = 0; u < blocks; ++u)
     for (int g = 0; g < G; ++g) {
       const int64_t unit = (first + u) * W;
       const int64_t n = smaller(W, from.units - unit);
-      T* out = group + (u * G + g) * W;
+      const int v = int(u * G + g);
+      T* out = group + (v / panel * K * panel + v % panel) * W;
       if (!from.transposed) {
-        pack_rows<V>(from, storage, unit, n, K, out, N * W);
+        pack_rows<V>(from, storage, unit, n, K, out, panel * W);
         continue;
       }
       const T* rows[W];
       weight_rows<V>(from, storage, g, unit, n, K, rows, scratch);
-      pack_columns<V>(rows, n, K, out, N * W);
+      pack_columns<V>(rows, n, K, out, panel * W);
     }
 }
 

@@ -5,7 +5,7 @@
 
 // `rounds` fma in each of as many independent chains as the micro-kernel has accumulators: enough to hide their
 // latency. Every chain tends to 1 from another start; no value overflows or becomes a denormal.
-constexpr int fma_chains = tile_rows * group_vectors;
+constexpr int fma_chains = accumulators;
 
 double fma_work(int64_t rounds) {
   f32 chain[fma_chains];
