@@ -292,9 +292,7 @@ int64_t tape_width(const Problem& p) { return tape_width(*p.cell, p.layer.H, p.l
 
 int64_t compute_size(const Problem& p) { return p.layer.dtype == Dtype::f64 ? 8 : 4; }
 
-Tensor new_tape(const Problem& p) {
-  return empty_block({p.layer.D, p.N, tape_width(p)}, p.compute, compute_size(p));
-}
+Tensor new_tape(const Problem& p) { return empty_block({p.layer.D, p.N, tape_width(p)}, p.compute, compute_size(p)); }
 
 // --------------------------------------------------------------------------------------------------------- forward
 

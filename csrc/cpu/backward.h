@@ -246,8 +246,8 @@ struct BackwardPass {
     for (int d = 0; d < p.D; ++d) {
       if (p.dx.data && !once) {
         const int64_t groups = group_count(w_ih[d]);
-        for (int64_t g = share_of(groups, worker, split.workers); g < share_of(groups, worker + 1, split.workers); ++g)
-          pack(w_ih[d], source_ih(d), storage, g, unused);
+        pack(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
+             share_of(groups, worker + 1, split.workers), unused);
       }
       if (w.idle || (split.directions == 2 && d != place.direction)) continue;
       if (!once) {

@@ -83,9 +83,8 @@ static void pack_share(const Packed<V, G>& m, const Source& source, const Storag
   const int64_t groups = group_count(m);
   const int64_t begin = share_of(groups, place.part, split.parts);
   const int64_t all = share_of(groups, place.part + 1, split.parts) - begin;
-  for (int64_t g = begin + share_of(all, place.slice, split.slices);
-       g < begin + share_of(all, place.slice + 1, split.slices); ++g)
-    pack(m, source, storage, g, scratch);
+  pack(m, source, storage, begin + share_of(all, place.slice, split.slices),
+       begin + share_of(all, place.slice + 1, split.slices), scratch);
 }
 
 FASTRNN_INLINE const char* bytes(const void* p) { return static_cast<const char*>(p); }

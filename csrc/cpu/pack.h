@@ -62,24 +62,30 @@ static void pack_columns(const typename V::T* const* rows, int64_t n, int64_t K,
     for (int64_t lane = 0; lane < W; ++lane) out[k * ld + lane] = lane < n ? rows[lane][k] : 0;
 }
 
-// Columns that stay rows: out[k * ld + lane] for n of the lanes, the others zero.
+// Columns that stay rows (G is 1): blocks [first, last), group after group, to `to`. A few rows at a time: what is read
+// lies far apart down a column, what is written along a row.
 template <class V>
-static void pack_rows(const Source& from, const Storage<V>& storage, int64_t unit, int64_t n, int64_t K,
-                      typename V::T* out, int64_t ld) {
+static void pack_rows(const Source& from, const Storage<V>& storage, int64_t K, int64_t first, int64_t last,
+                      typename V::T* to) {
   using T = typename V::T;
-  constexpr int W = V::lanes;
-  const char* data = static_cast<const char*>(from.data);
-  for (int64_t k = 0; k < K;) {
-    const char* row = data + (from.gate[k / from.H] * from.H * from.ld + unit) * storage.size;
-    for (const int64_t end = smaller(k + from.H, K); k < end; ++k, row += from.ld * storage.size) {
-      T* to = out + k * ld;
-      if (n == W && !storage.rounds) {
-        V::load(reinterpret_cast<const T*>(row)).store(to);
-        continue;
-      }
-      storage.widen(row, to, n);
-      for (int64_t lane = n; lane < W; ++lane) to[lane] = 0;
+  constexpr int64_t W = V::lanes, few = 4;
+  const char* rows[few];
+  for (int64_t begin = 0; begin < K; begin += few) {
+    const int64_t count = smaller(few, K - begin);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t gate = (begin + r) / from.H, unit = (begin + r) % from.H;
+      rows[r] = static_cast<const char*>(from.data) + (from.gate[gate] * from.H + unit) * from.ld * storage.size;
     }
+    over_groups<Packed<V, 1>::U>(first, last, [&](auto u, int64_t block) {
+      constexpr int N = decltype(u)::value;
+      T* group = to + (block - first) * W * K;
+      for (int v = 0; v < N; ++v) {
+        const int64_t column = (block + v) * W;
+        for (int64_t r = 0; r < count; ++r)
+          Storage<V>::load(storage, rows[r] + column * storage.size, from.units - column)
+              .store(group + place_in_group<N, V>(K, begin + r, v));
+      }
+    });
   }
 }
 
@@ -107,6 +113,7 @@ static void pack_group(const Source& from, const Storage<V>& storage, int64_t K,
                        typename V::T* group, typename V::T* scratch) {
   using T = typename V::T;
   constexpr int W = V::lanes;
+  if (!from.transposed) return pack_rows<V>(from, storage, K, first, first + blocks, group);
   const int N = int(blocks * G), panel = N % 2 ? N : 2;
   for (int64_t u = 0; u < blocks; ++u)
     for (int g = 0; g < G; ++g) {
@@ -114,28 +121,23 @@ static void pack_group(const Source& from, const Storage<V>& storage, int64_t K,
       const int64_t n = smaller(W, from.units - unit);
       const int v = int(u * G + g);
       T* out = group + (v / panel * K * panel + v % panel) * W;
-      if (!from.transposed) {
-        pack_rows<V>(from, storage, unit, n, K, out, panel * W);
-        continue;
-      }
       const T* rows[W];
       weight_rows<V>(from, storage, g, unit, n, K, rows, scratch);
       pack_columns<V>(rows, n, K, out, panel * W);
     }
 }
 
-// Packs group number `index` of a matrix, cut as over_groups cuts it: the last U - 1 blocks or fewer make small groups.
+// Packs groups [begin, end) of a matrix, cut as over_groups cuts it.
 template <class V, int G>
-static void pack(const Packed<V, G>& to, const Source& from, const Storage<V>& storage, int64_t index,
+static void pack(const Packed<V, G>& to, const Source& from, const Storage<V>& storage, int64_t begin, int64_t end,
                  typename V::T* scratch) {
   constexpr int U = Packed<V, G>::U;
-  const int64_t end = smaller((index + 1) * U, to.blocks);
-  for (int64_t first = index * U; first < end;) {
-    const int64_t left = end - first;
-    const int64_t blocks = left >= U ? U : left >= 2 && U > 2 ? 2 : 1;
-    pack_group<V, G>(from, storage, to.K, first, blocks, to.data + first * G * V::lanes * to.K, scratch);
-    first += blocks;
-  }
+  const int64_t first = smaller(begin * U, to.blocks), last = smaller(end * U, to.blocks);
+  const auto at = [&](int64_t block) { return to.data + block * G * V::lanes * to.K; };
+  if (!from.transposed) return pack_rows<V>(from, storage, to.K, first, last, at(first));
+  over_groups<U>(first, last, [&](auto blocks, int64_t block) {
+    pack_group<V, G>(from, storage, to.K, block, decltype(blocks)::value, at(block), scratch);
+  });
 }
 
 // The group that begins at `block`: of the packed matrix, or, when it was not packed because every group is used once,
