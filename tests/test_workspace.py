@@ -1,6 +1,7 @@
 """The memory that the kernels keep between calls: bounded, given back when asked for, never under anybody's hands."""
 
 import gc
+import io
 import itertools
 import os
 import random
@@ -44,8 +45,9 @@ def backward(rnn, x, output, **options):
 
 
 def step(rnn, x):
+    """Output and gradients, in memory of their own: a gradient that somebody holds is not kept memory."""
     output = forward(rnn, x)
-    return [output.detach(), *backward(rnn, x, output)]
+    return [output.detach(), *(gradient.clone() for gradient in backward(rnn, x, output))]
 
 
 def comes_back_to(kept):
@@ -117,6 +119,41 @@ def test_what_a_living_graph_holds_is_not_counted():
     assert fastrnn.workspace_bytes() < kept
     del output
     assert fastrnn.workspace_bytes() == kept
+
+
+def test_a_gradient_that_somebody_holds_is_not_counted_and_not_used_again():
+    rnn, x = case("LSTM", H=130)
+    held = backward(rnn, x, forward(rnn, x))
+    copies = [gradient.clone() for gradient in held]
+    kept = fastrnn.workspace_bytes()
+    assert equal(step(rnn, x), [forward(rnn, x).detach(), *copies])
+    assert equal(held, copies)
+    fastrnn.release_workspace()
+    assert equal(held, copies)
+    size = sum(g.numel() * 4 for g in held if g.numel() * 4 >= 64 * 1024 and g.shape != x.shape)
+    before = fastrnn.workspace_bytes()
+    del held
+    assert size > 0
+    assert 0 <= fastrnn.workspace_bytes() - before - size < 4096  # the gradients, and the size that lies before each
+    assert kept > 0
+
+
+def test_a_gradient_can_be_shared_saved_and_added_to():
+    rnn, x = case("LSTM", H=130)
+    gradient = backward(rnn, x, forward(rnn, x))[1]
+    copy = gradient.clone()
+    assert equal([gradient.share_memory_()], [copy])
+    rnn.zero_grad()
+    for _ in range(2):
+        forward(rnn, x).sum().backward()
+    twice = rnn.weight_hh_l0.grad.clone()
+    rnn.zero_grad()
+    forward(rnn, x).sum().backward()
+    torch.testing.assert_close(2 * rnn.weight_hh_l0.grad, twice)
+    buffer = io.BytesIO()
+    torch.save(rnn.weight_hh_l0.grad, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer).equal(rnn.weight_hh_l0.grad)
 
 
 def test_memory_of_a_thread_goes_with_the_thread():
@@ -253,7 +290,7 @@ def test_a_tape_is_freed_by_another_thread():
 
     def work():
         output = held.pop()
-        found.append([output.detach(), *backward(rnn, x, output)])
+        found.append([output.detach(), *(gradient.clone() for gradient in backward(rnn, x, output))])
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -1,6 +1,6 @@
 // Memory of the kernels that outlives a call: one scratch arena per calling thread, and blocks for the tapes that wait
-// for backward. Both are kept for the next call, up to a bound: fresh memory costs a page fault for every 4 KiB, which
-// is more than the arithmetic of a small layer.
+// for backward and for the gradients of weights. Both are kept for the next call, up to a bound: fresh memory costs a
+// page fault for every 4 KiB, which is more than the arithmetic of a small layer.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,8 @@ class Workspace {
 void* take_block(size_t bytes);
 void give_block(void* block);
 
-// Bytes kept for later calls, all threads together. What a running kernel or a living tape uses is not counted.
+// Bytes kept for later calls, all threads together. What a running kernel, a living tape or gradient uses is not
+// counted.
 size_t workspace_bytes();
 // Gives them back to the system; returns how many.
 size_t release_workspace();
