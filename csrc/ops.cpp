@@ -3,7 +3,8 @@
 //   check()           arguments -> Problem: a problem.h Layer, the tensors that keep its pointers alive, the sizes
 //   layer()           allocates the results, fills Forward, runs the kernel
 //   step()            the same for one step of a cell
-//   layer_backward()  fills Backward, allocates the gradients, runs the kernel
+//   layer_backward()  fills Backward, allocates the gradients, runs the kernel; of layer() and, with a 2-D input,
+//   step()
 //
 // Letters for sizes are problem.h's. Errors name the argument, what was expected and what came.
 #include <algorithm>
@@ -366,7 +367,12 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   const std::vector<bool> needs = reader.take<std::vector<bool>>();
 
   const SerialInForkedChild serial;
-  Problem p = check(a, bidirectional);
+  const bool one_step = a.input.defined() && a.input.dim() == 2 && !a.batch_sizes;  // of step()
+  if (one_step && (bidirectional || d_output || d_h_all || d_c_all || a.lengths || a.reset))
+    fail(
+        "input: expected 3 dimensions (T, B, input_size), or for one step two directions, d_output, d_h_all, d_c_all, ",
+        "lengths and reset absent, got shape ", shape_of(a.input));
+  Problem p = check(a, bidirectional, one_step);
   Backward b;
   static_cast<Layer&>(b) = p.layer;
   if (needs.size() != 3 + a.weights.size())
@@ -380,8 +386,10 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
     d_output = rows_contiguous(*d_output);
     b.dy = rows_of(*d_output, p.packed);
   }
-  b.dh_n = keep(p, d_h_n, "d_h_n", {b.D, b.B, b.P}, "(D, B, P)", p.dtype);
-  b.dc_n = keep(p, d_c_n, "d_c_n", {b.D, b.B, b.H}, "(D, B, H)", p.dtype);
+  const Shape h_shape = one_step ? Shape{b.B, b.P} : Shape{b.D, b.B, b.P};
+  const Shape c_shape = one_step ? Shape{b.B, b.H} : Shape{b.D, b.B, b.H};
+  b.dh_n = keep(p, d_h_n, "d_h_n", h_shape, one_step ? "(B, P)" : "(D, B, P)", p.dtype);
+  b.dc_n = keep(p, d_c_n, "d_c_n", c_shape, one_step ? "(B, H)" : "(D, B, H)", p.dtype);
   b.dh_all = keep(p, d_h_all, "d_h_all", {b.D, b.T, b.B, b.P}, "(D, T, B, P)", p.dtype);
   b.dc_all = keep(p, d_c_all, "d_c_all", {b.D, b.T, b.B, b.H}, "(D, T, B, H)", p.dtype);
 
@@ -390,12 +398,14 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   if (needs[0]) {
     b.dx_is_compute = b.D == 2 && p.dtype != p.compute;
     const int32_t dtype = b.dx_is_compute ? p.compute : p.dtype;
-    results[0] = p.packed ? empty({p.N, b.I}, dtype) : empty_rows(b.T, b.B, b.I, batch_major, dtype);
-    const ConstRows rows = rows_of(results[0], p.packed);
+    const bool flat = p.packed || one_step;
+    results[0] = flat ? empty({p.N, b.I}, dtype) : empty_rows(b.T, b.B, b.I, batch_major, dtype);
+    const ConstRows rows = rows_of(results[0], flat);
     b.dx = {results[0].data_ptr(), rows.step, rows.row};
   }
-  if (needs[1]) b.dh0 = (results[1] = empty({b.D, b.B, b.P}, p.dtype)).data_ptr();
-  if (needs[2]) b.dc0 = (results[2] = empty({b.D, b.B, b.H}, p.dtype)).data_ptr();
+  const auto sizes = [](const Shape& shape) { return Sizes(shape.sizes, shape.sizes + shape.dim); };
+  if (needs[1]) b.dh0 = (results[1] = empty(sizes(h_shape), p.dtype)).data_ptr();
+  if (needs[2]) b.dc0 = (results[2] = empty(sizes(c_shape), p.dtype)).data_ptr();
   for (size_t k = 0; k < a.weights.size(); ++k) {
     if (!needs[3 + k]) continue;
     auto& to = b.gradients[k / p.per_direction];

@@ -62,8 +62,7 @@ class _Layer(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """One step of a cell: input (B, I), states (B, ...). Backward is the layer's; the dimension of time that it wants
-    is added in here, where it leaves no nodes in the graph."""
+    """One step of a cell: input (B, I), states (B, ...)."""
 
     @staticmethod
     def forward(ctx, cell, slots, *tensors):
@@ -81,28 +80,22 @@ class _Step(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[2:])
         spread, needs = (tensors, needed) if slots is None else (_spread(tensors, slots), _spread(needed, slots))
         needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
-        lifted = _lift(spread)
-        d_h, d_c = None if d_h is None else d_h[None], None if d_c is None else d_c[None]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            d_h, d_c = None if d_h is None else d_h[None], None if d_c is None else d_c[None]
+            arguments, grads = (cell, None, None, None, False, False), (None, d_h, d_c, None, None)
+            lifted = [*(None if t is None else t[None] for t in spread[:3]), *spread[3:]]
             with torch.autocast(spread[0].device.type, enabled=False):
-                results = _differentiable(
-                    (cell, None, None, None, False, False), lifted, needs, (None, d_h, d_c, None, None)
-                )
+                results = _differentiable(arguments, lifted, needs, grads)
+            results[:3] = [None if r is None else r.squeeze(0) for r in results[:3]]
         else:
-            input, h0, c0, *weights = lifted
+            input, h0, c0, *weights = spread
             results = ops.layer_backward(
                 cell, input, h0, c0, weights, None, None, None, tape, None, d_h, d_c, None, None, False, False, needs
             )
             results = [r if n else None for r, n in zip(results, needs)]
-        results[:3] = [None if r is None else r.squeeze(0) for r in results[:3]]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
         return (None, None, *results)
-
-
-def _lift(tensors):
-    """input, h0 and c0 with a dimension before them; the weights as they are."""
-    return [*(None if t is None else t[None] for t in tensors[:3]), *tensors[3:]]
 
 
 def _spread(unique, slots):

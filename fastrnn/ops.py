@@ -129,7 +129,7 @@ def layer_backward(
     batch_major: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Back-propagation through time of `layer`.
+    """Back-propagation through time of `layer`; with a 2-D input and no batch_sizes, of `step`, whose shapes it takes.
 
     `needs` says which gradients are wanted, in the order input, h0, c0, *weights; the result has the same order, with
     a tensor of shape (0,) for what was not wanted. Incoming gradients may be None (zero) and of any strides.
@@ -228,7 +228,7 @@ def _(
     def gradient(needed, of):
         return input.new_empty(of.shape if needed else 0)
 
-    if needs[0] and batch_sizes is None:
+    if needs[0] and input.dim() == 3:
         d_input = _rows(input, *input.shape, batch_major)
     else:
         d_input = gradient(needs[0], input)

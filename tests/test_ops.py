@@ -97,6 +97,26 @@ def test_step_is_a_layer_of_one_step(cell, dtype, hx, B):
         opcheck(STEP, (*step, False))
 
 
+@pytest.mark.parametrize("B", [1, 5, 60])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
+def test_backward_of_a_step_is_that_of_a_layer(cell, dtype, B):
+    cell, *projected = cell.split()
+    step, a = step_arguments(cell, dtype, proj=5 if projected else 0, B=B)
+    b = backward_arguments(a, ("d_output",))
+    expected = BACKWARD(*b.values())
+    flat = b | dict(zip(FIELDS[:5], step))
+    flat |= {k: None if b[k] is None else b[k][0] for k in ("d_h_n", "d_c_n")}
+    found = BACKWARD(*flat.values())
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.equal(other[0] if i < 3 and other.numel() else other), i
+    opcheck(BACKWARD, tuple(flat.values()))
+    with pytest.raises(RuntimeError, match=r"input: expected 3 dimensions .* or for one step .* got shape"):
+        BACKWARD(*(flat | dict(d_output=b["d_h_n"])).values())
+    with pytest.raises(RuntimeError, match=r"d_h_n: expected shape \(B, P\)"):
+        BACKWARD(*(flat | dict(d_h_n=b["d_h_n"])).values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
