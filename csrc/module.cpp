@@ -80,28 +80,42 @@ py::list cells() {
 
 void set_split(const std::string& name) {
   if (!force_split(name.c_str()))
-    throw py::value_error("split: expected 'serial', 'batch', 'hidden', or '' for the model's choice, got '" + name +
-                          "'");
+    throw py::value_error(
+        "split: expected 'serial', 'batch', 'hidden', 'wavefront', or '' for the model's choice, got '" + name + "'");
 }
 
-// How a layer would be shared out among `threads` threads.
-py::dict split_of(const std::string& cell, bool float64, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
-                  int threads) {
-  Layer layer;
+const CellTraits& find_cell(const std::string& name) {
   const CellTraits* found = nullptr;
   for_each_cell([&](auto c) {
-    if (cell == c.name) found = &traits(c.kind);
+    if (name == c.name) found = &traits(c.kind);
   });
-  if (!found) throw py::value_error("cell: expected the name of a cell, got '" + cell + "'");
+  if (!found) throw py::value_error("cell: expected the name of a cell, got '" + name + "'");
+  return *found;
+}
+
+// How layers on top of each other, which differ in the width of their input alone, would be shared out among `threads`
+// threads: each by itself, and all of them as a wavefront.
+py::dict split_of(const std::string& name, bool float64, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
+                  int threads, int layers) {
+  const CellTraits& cell = find_cell(name);
+  Layer layer;
   layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.D = D;
-  const int lanes = std::max(1, current().float_lanes / (float64 ? 2 : 1));
-  const Split s = choose_split(layer, *found, std::min(threads, cpu_quota()), lanes, float64 ? 8 : 4,
-                               std::max(1, 4 / found->gates));
+  Layer upper = layer;
+  upper.I = D * P;
+  const int lanes = std::max(1, current().float_lanes / (float64 ? 2 : 1)), bytes = float64 ? 8 : 4;
+  const int group_blocks = std::max(1, 4 / cell.gates);
+  threads = std::min(threads, cpu_quota());
+  const Split s = choose_split(layer, cell, threads, lanes, bytes, group_blocks);
+  std::vector<const Layer*> all(static_cast<size_t>(std::max(1, layers)), &upper);
+  all[0] = &layer;
+  const Wavefront wave =
+      choose_wavefront(all.data(), static_cast<int>(all.size()), cell, threads, lanes, bytes, group_blocks);
   py::dict result;
   result["directions"] = s.directions;
   result["slices"] = s.slices;
   result["parts"] = s.parts;
   result["limit"] = s.limit;
+  result["groups"] = wave.groups;
   return result;
 }
 
@@ -150,10 +164,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return current().isa; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("isa"), "Forces an instruction set for the whole process; '' for the default.");
   m.def("set_split", &set_split, py::arg("split"),
-        "Forces how layers are shared out among threads ('serial', 'batch', 'hidden'; '' for the model's choice).");
-  m.def("split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("P"), py::arg("D"), py::arg("threads"),
-        "How a layer would be shared out: directions side by side, slices of rows, parts of hidden units; the limit.");
+        "Forces how layers are shared out among threads ('serial', 'batch', 'hidden', 'wavefront'; '' for the model's "
+        "choice).");
+  m.def(
+      "split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+      py::arg("P"), py::arg("D"), py::arg("threads"), py::arg("layers") = 1,
+      "How a layer would be shared out: directions side by side, slices of rows, parts of hidden units; the limit; and "
+      "into how many groups so many layers, without a tape, for a wavefront.");
   m.def("workspace_bytes", &workspace_bytes, "Bytes of scratch memory that the kernels keep, all threads together.");
   m.def("release_workspace", &release_workspace, "Gives that memory back; returns how many bytes it was.");
   m.def("activation", &activation, py::arg("function"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"),

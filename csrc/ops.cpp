@@ -3,6 +3,7 @@
 //   check()           arguments -> Problem: a problem.h Layer, the tensors that keep its pointers alive, the sizes
 //   layer()           allocates the results, fills Forward, runs the kernel
 //   step()            the same for one step of a cell
+//   stack()           the same for several layers, without what backward needs
 //   layer_backward()  fills Backward, allocates the gradients, runs the kernel; of layer() and, with a 2-D input,
 //   step()
 //
@@ -352,6 +353,78 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
   stack[2] = stable::detail::from(tape);
 }
 
+Wavefront plan_wavefront(const std::vector<const Layer*>& layers, const CellTraits& cell, int threads) {
+  const bool wide = layers[0]->dtype == Dtype::f64;
+  return choose_wavefront(layers.data(), static_cast<int>(layers.size()), cell, threads,
+                          std::max(1, current().float_lanes / (wide ? 2 : 1)), wide ? 8 : 4,
+                          std::max(1, 4 / cell.gates));
+}
+
+// Layers on top of each other, without tapes: one call for all, and as a wavefront where that is faster.
+void stack(StableIValue* values, uint64_t, uint64_t) {
+  Reader reader(values);
+  const Arguments a = take_arguments(reader);
+  const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
+  const int64_t count = reader.take<int64_t>();
+  if (count < 1 || a.weights.empty() || a.weights.size() % static_cast<size_t>(count))
+    fail("num_layers: expected a number of layers that the ", a.weights.size(), " weights can be shared out to, got ",
+         count);
+
+  const SerialInForkedChild serial;
+  const size_t per_layer = a.weights.size() / static_cast<size_t>(count);
+  // The layers' sizes follow from the weights; each is checked with the input that it will have.
+  Arguments part = a;
+  part.h0 = part.c0 = std::nullopt;
+  std::vector<Problem> problems;
+  std::vector<Forward> layers(static_cast<size_t>(count));
+  Tensor y, h_n, c_n;
+  const void *h0 = nullptr, *c0 = nullptr;
+  Wavefront wave;
+  problems.reserve(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    part.weights.assign(a.weights.begin() + i * per_layer, a.weights.begin() + (i + 1) * per_layer);
+    problems.push_back(check(part, bidirectional));
+    Problem& p = problems.back();
+    Forward& f = layers[i];
+    static_cast<Layer&>(f) = p.layer;
+    const int64_t D = f.D, size = p.input.element_size(), state = D * f.B * f.P * size, cell = D * f.B * f.H * size;
+    if (i == 0) {
+      const bool has_c = p.cell->has_c;
+      if (a.c0 && !has_c) fail("c0: expected None for cell '", p.cell->name, "', got a tensor");
+      h0 = keep(p, a.h0, "h0", {count * D, f.B, f.P}, "(L*D, B, P)", p.dtype);
+      c0 = keep(p, a.c0, "c0", {count * D, f.B, f.H}, "(L*D, B, H)", p.dtype);
+      h_n = empty({count * D, f.B, f.P}, p.dtype);
+      c_n = has_c ? empty({count * D, f.B, f.H}, p.dtype) : empty({0}, p.dtype);
+      // The others differ in the width of their input alone.
+      Layer upper = f;
+      upper.I = D * f.P;
+      std::vector<const Layer*> sizes(layers.size(), &upper);
+      sizes[0] = &f;
+      wave = plan_wavefront(sizes, *p.cell, team().size);
+    } else if (f.H != layers[0].H || f.P != layers[0].P || p.bias != problems[0].bias) {
+      fail("weights: expected every layer to have the shapes of the first, but for the input's, got H = ", f.H,
+           ", P = ", f.P, " in layer ", i, " after H = ", layers[0].H, ", P = ", layers[0].P);
+    }
+    const int64_t n = static_cast<int64_t>(i);
+    if (h0) f.h0 = static_cast<const char*>(h0) + n * state;
+    if (c0) f.c0 = static_cast<const char*>(c0) + n * cell;
+    f.h_n = static_cast<char*>(h_n.data_ptr()) + n * state;
+    if (p.cell->has_c) f.c_n = static_cast<char*>(c_n.data_ptr()) + n * cell;
+    y = p.packed ? empty({p.N, D * f.P}, p.dtype)
+                 : empty_rows(f.T, f.B, D * f.P, batch_major && n == count - 1, p.dtype);
+    const ConstRows rows = rows_of(y, p.packed);
+    f.y = {y.data_ptr(), rows.step, rows.row};
+    part.input = y;
+    if (wave.groups > 1) continue;
+    if (f.B) current().forward(f, team());
+    p.input = Tensor();  // memory for two layers' outputs will do
+  }
+  if (layers[0].B && wave.groups > 1) current().wavefront(layers.data(), static_cast<int>(count), wave, team());
+  values[0] = stable::detail::from(y);
+  values[1] = stable::detail::from(h_n);
+  values[2] = stable::detail::from(c_n);
+}
+
 // -------------------------------------------------------------------------------------------------------- backward
 
 Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
@@ -433,6 +506,10 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "Tensor? reset, bool bidirectional, bool batch_major, bool all_states, bool save) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, Tensor c_all, Tensor tape)");
   m.def(
+      "stack(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? reset, bool bidirectional, bool batch_major, int num_layers) -> (Tensor output, Tensor h_n, Tensor "
+      "c_n)");
+  m.def(
       "step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, bool save) "
       "-> (Tensor h, Tensor c, Tensor tape)");
   m.def(
@@ -443,6 +520,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer", &fastrnn::layer);
+  m.impl("stack", &fastrnn::stack);
   m.impl("step", &fastrnn::step);
   m.impl("layer_backward", &fastrnn::layer_backward);
 }

@@ -158,7 +158,7 @@ def layer(
     all_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`ops.layer`, differentiable. Returns output, h_n, c_n, h_all, c_all; None for what the cell or call has not."""
-    if not torch.is_grad_enabled() or not _any_requires_grad(input, h0, c0, weights):
+    if not needed(input, h0, c0, weights):
         output, h_n, c_n, h_all, c_all, _ = ops.layer(
             cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, False
         )
@@ -184,7 +184,7 @@ def step(
     cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.step`, differentiable: input (B, I), states (B, ...). Returns h, c; None for the c of a cell without one."""
-    if not torch.is_grad_enabled() or not _any_requires_grad(input, h0, c0, weights):
+    if not needed(input, h0, c0, weights):
         h, c, _ = ops.step(cell, input, h0, c0, weights, False)
         return h, c if cell == "lstm" else None
     tensors, slots = (input, h0, c0, *weights), None
@@ -194,7 +194,10 @@ def step(
     return found if cell == "lstm" else (found, None)
 
 
-def _any_requires_grad(input, h0, c0, weights) -> bool:
+def needed(input, h0, c0, weights) -> bool:
+    """Whether a call has to be recorded for backward."""
+    if not torch.is_grad_enabled():
+        return False
     if input.requires_grad or (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad):
         return True
     for w in weights:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from fastrnn import _C, cells, modules
+from fastrnn import _C, cells, functional, modules
 from fastrnn.plan import KERNEL, TORCH, Route, plan
 
 
@@ -19,8 +19,9 @@ class Plan:
     why: in words.  cell: the cell's name.  dtype: what it computes in (None where torch decides).
     isa: the instruction set of the kernels, threads: torch's; both None on another path.
     layers: the sizes of each layer.
-    splits: how the forward pass of each layer would be shared out among the threads, and what its speed is limited by,
-        both by the kernels' cost model; in words. Empty on another path. Never more threads than the control group's
+    splits: how the forward pass of each layer would be shared out among the threads (small layers, where nothing is
+        recorded for backward, as a wavefront), and what its speed is limited by, both by the kernels' cost model; in
+        words. Empty on another path. Never more threads than the control group's
         CPU quota. Results do not depend on it.
     """
 
@@ -60,18 +61,20 @@ def explain(module: nn.Module, input, hx=None, *, reset=None, lengths=None, all_
     """
     extended = reset is not None or lengths is not None or bool(all_states)
     if isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)):
-        return _explain_sequence(module, input, hx, extended)
+        return _explain_sequence(module, input, hx, extended, lengths is not None, bool(all_states))
     if isinstance(module, (nn.RNNCell, nn.LSTMCell, nn.GRUCell)):
         return _explain_cell(module, input, hx)
     raise TypeError(f"module: expected an RNN, LSTM, GRU or a cell of one, got {type(module).__name__}")
 
 
-def _split(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int) -> str:
+def _split(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int, groups: int) -> str:
     """How a layer would be shared out, in words."""
-    T, B, I, H = (sizes[name] for name in "TBIH")
-    if B == 0:
+    if sizes["B"] == 0:
         return "no rows, nothing to compute"
-    found = _C.split(cell, dtype == torch.float64, T, B, I, H, sizes.get("P", H), sizes.get("D", 1), threads)
+    if groups > 1:
+        found = _found(cell, dtype, sizes, 1)
+        return f"wavefront over time, {groups} groups of layers side by side; limit: {found['limit']}"
+    found = _found(cell, dtype, sizes, threads)
     ways = []
     if found["slices"] > 1:
         ways.append(f"{found['slices']} slices of the batch")
@@ -83,9 +86,20 @@ def _split(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int) -
     return f"{text or 'one thread'}; limit: {found['limit']}"
 
 
-def _plan(route: Route, cell: str, layers) -> Plan:
+def _found(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int, layers: int = 1) -> dict:
+    T, B, I, H = (sizes[name] for name in "TBIH")
+    stacked = (layers,) if layers > 1 else ()
+    P, D = sizes.get("P", H), sizes.get("D", 1)
+    return _C.split(cell, dtype == torch.float64, T, B, I, H, P, D, threads, *stacked)
+
+
+def _plan(route: Route, cell: str, layers, in_one_call: bool = False) -> Plan:
+    """in_one_call: all layers go to the kernels at once, and are not ragged."""
     kernel = route.path == KERNEL
     layers, threads = tuple(layers), torch.get_num_threads()
+    groups = 1
+    if kernel and in_one_call and len(layers) > 1 and layers[0]["B"]:
+        groups = _found(cell, route.work, layers[0], threads, len(layers))["groups"]
     return Plan(
         route.path,
         route.reason,
@@ -94,11 +108,11 @@ def _plan(route: Route, cell: str, layers) -> Plan:
         _C.isa() if kernel else None,
         threads if kernel else None,
         layers,
-        tuple(_split(cell, route.work, sizes, threads) for sizes in layers) if kernel else (),
+        tuple(_split(cell, route.work, sizes, threads, groups) for sizes in layers) if kernel else (),
     )
 
 
-def _explain_sequence(module, input, hx, extended: bool) -> Plan:
+def _explain_sequence(module, input, hx, extended: bool, ragged: bool, all_states: bool) -> Plan:
     cell = modules._CELL[module.mode]
     D = 2 if module.bidirectional else 1
     sizes = {"H": module.hidden_size, **({"P": module.proj_size} if module.proj_size else {}), "D": D}
@@ -114,7 +128,9 @@ def _explain_sequence(module, input, hx, extended: bool) -> Plan:
         return _plan(Route(TORCH, why), cell, layers)
     h0, c0 = call.hx if cell == "lstm" and call.hx is not None else (call.hx, None)
     route = plan(cell, call.data, h0, c0, call.weights, not call.packed, extended)
-    return _plan(route, cell, layers)
+    dropout = module.dropout if module.num_layers > 1 else 0
+    at_once = functional.in_one_call(route, call.data, h0, c0, call.weights, dropout, module.training, all_states)
+    return _plan(route, cell, layers, at_once and not (ragged or call.packed))
 
 
 def _explain_cell(module, input, hx) -> Plan:

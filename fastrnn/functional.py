@@ -66,6 +66,11 @@ def run(
         output, h_n, c_n, h_all, c_all = _layer(
             route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states
         )
+    elif in_one_call(route, x, h0, c0, weights, dropout, training, all_states):
+        output, h_n, c_n = ops.stack(
+            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, num_layers
+        )
+        c_n, h_all, c_all = c_n if cell == "lstm" else None, None, None
     else:
         per = len(weights) // num_layers
         layers = []
@@ -98,6 +103,16 @@ def run(
         output, h_n = output.to(route.h), h_n.to(route.h)
         h_all = None if h_all is None else h_all.to(route.h)
     return output, h_n, c_n, h_all, c_all
+
+
+def in_one_call(route, x, h0, c0, weights, dropout, training, all_states) -> bool:
+    """Whether all layers of a call go to the kernels at once: where nothing has to happen between them."""
+    return (
+        route.path is KERNEL
+        and not all_states
+        and not (dropout and training)
+        and not autograd.needed(x, h0, c0, weights)
+    )
 
 
 def _layer(route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states):

@@ -1,8 +1,8 @@
-"""torch.ops.fastrnn.*: loads the native library, and tells torch what it must know of the two operators beside their
+"""torch.ops.fastrnn.*: loads the native library, and tells torch what it must know of the operators beside their
 kernels: the shapes and strides they return (fake kernels, for torch.compile, export and meta tensors) and their
 floating-point operations (for torch.utils.flop_counter).
 
-The operators themselves are csrc/ops.cpp; their arguments and results are described at `layer` and `layer_backward`.
+The operators themselves are csrc/ops.cpp; their arguments and results are described at the functions here.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ CELLS: dict[str, dict] = {cell["name"]: cell for cell in _C.cells()}
 _layer = torch.ops.fastrnn.layer.default
 _layer_backward = torch.ops.fastrnn.layer_backward.default
 _step = torch.ops.fastrnn.step.default
+_stack = torch.ops.fastrnn.stack.default
 
 
 def layer(
@@ -87,6 +88,33 @@ def layer(
     return _layer(
         cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save
     )
+
+
+def stack(
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    bidirectional: bool,
+    batch_major: bool,
+    num_layers: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layers on top of each other, in one call, without what `layer_backward` needs. Small layers run as a wavefront
+    over time, on a thread each.
+
+    Arguments as for `layer`, with h0 (L*D, B, P), c0 (L*D, B, H) and the weights of all layers.
+
+    Returns:
+        output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H; shape (0,) for a cell without one).
+
+    Raises:
+        RuntimeError: naming the argument, what was expected, what came.
+    """
+    return _stack(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers)
 
 
 def step(
@@ -170,24 +198,26 @@ def _tape(cell: str, like: Tensor, rows: tuple, H: int, P: int, projection: bool
     return like.new_empty((*rows, width) if save else 0, dtype=dtype)
 
 
-@torch.library.register_fake("fastrnn::layer")
-def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save):
-    traits = CELLS[cell]
-    D = 2 if bidirectional else 1
+def _sizes(cell: str, input, weights, D: int, layers: int, batch_sizes, *known) -> tuple:
+    """T, B, stored rows N, H, P, and whether there is a projection."""
     P = weights[1].size(1)
-    H = weights[1].size(0) // traits["gates"]
-    projection = len(weights) // D % 2 == 1
+    H = weights[1].size(0) // CELLS[cell]["gates"]
+    projection = len(weights) // (D * layers) % 2 == 1
     if batch_sizes is None:
         T, B = input.size(0), input.size(1)
-        N = T * B
-        output = _rows(input, T, B, D * P, batch_major)
-    else:
-        N, T = input.size(0), batch_sizes.size(0)
-        known = next((t for t in (h0, c0, reset) if t is not None), None)
-        B = known.size(1) if known is not None else batch_sizes[0].item()
-        output = input.new_empty(N, D * P)
+        return T, B, T * B, H, P, projection
+    tensor = next((t for t in known if t is not None), None)
+    B = tensor.size(1) if tensor is not None else batch_sizes[0].item()
+    return batch_sizes.size(0), B, input.size(0), H, P, projection
+
+
+@torch.library.register_fake("fastrnn::layer")
+def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save):
+    D = 2 if bidirectional else 1
+    T, B, N, H, P, projection = _sizes(cell, input, weights, D, 1, batch_sizes, h0, c0, reset)
+    output = _rows(input, T, B, D * P, batch_major) if batch_sizes is None else input.new_empty(N, D * P)
     none = input.new_empty
-    has_c = traits["has_c"]
+    has_c = CELLS[cell]["has_c"]
     return (
         output,
         input.new_empty(D, B, P),
@@ -196,6 +226,15 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
         input.new_empty(D, T, B, H) if all_states and has_c else none(0),
         _tape(cell, input, (D, N), H, P, projection, save),
     )
+
+
+@torch.library.register_fake("fastrnn::stack")
+def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers):
+    D = 2 if bidirectional else 1
+    T, B, N, H, P, _projection = _sizes(cell, input, weights, D, num_layers, batch_sizes, h0, c0, reset)
+    output = _rows(input, T, B, D * P, batch_major) if batch_sizes is None else input.new_empty(N, D * P)
+    c_n = input.new_empty(num_layers * D, B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
+    return output, input.new_empty(num_layers * D, B, P), c_n
 
 
 @torch.library.register_fake("fastrnn::step")
@@ -252,6 +291,17 @@ def _products(cell: str, input, weights, bidirectional: bool) -> tuple[int, int,
 def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, *args, out_shape=None, **kwargs) -> int:
     """The products alone, as torch counts matrix products; gates and padding past a length are not told apart."""
     return sum(_products(cell, input, weights, bidirectional))
+
+
+@register_flop_formula(torch.ops.fastrnn.stack)
+def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, *args, out_shape=None, **kwargs) -> int:
+    num_layers = args[-1]
+    per = len(weights) // num_layers
+    first = sum(_products(cell, input, weights[:per], bidirectional))
+    if num_layers == 1:
+        return first
+    into = (*input[:-1], (2 if bidirectional else 1) * weights[1][1])
+    return first + (num_layers - 1) * sum(_products(cell, into, weights[per : 2 * per], bidirectional))
 
 
 @register_flop_formula(torch.ops.fastrnn.step)

@@ -13,7 +13,7 @@ import fastrnn
 from fastrnn import ops
 
 LAYER, BACKWARD = torch.ops.fastrnn.layer.default, torch.ops.fastrnn.layer_backward.default
-STEP = torch.ops.fastrnn.step.default
+STEP, STACK = torch.ops.fastrnn.step.default, torch.ops.fastrnn.stack.default
 CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 OPTIONS = ["plain", "everything", "packed", "batch major", "empty batch", "no bias"]
 FIELDS = ["cell", "input", "h0", "c0", "weights", "batch_sizes", "lengths", "reset"]
@@ -68,6 +68,42 @@ def test_opcheck(cell, option, dtype):
     a["save"] = True
     for missing in [(), ("d_h_n", "d_c_n"), ("d_output",)]:
         opcheck(BACKWARD, tuple(backward_arguments(a, missing).values()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
+def test_stack_is_its_layers(cell, option, dtype):
+    cell, *projected = cell.split()
+    first = arguments(cell, dtype, option, proj=2 if projected else 0) | dict(all_states=False, save=False)
+    second = arguments(cell, dtype, option, I=2 * (2 if projected else 5), proj=2 if projected else 0) | {
+        k: first[k] for k in ("all_states", "save")
+    }
+    output, *states = LAYER(*first.values())[:3]
+    expected, *more = LAYER(*(second | dict(input=output)).values())[:3]
+    both = [None if first[k] is None else torch.cat([first[k], second[k]]) for k in ("h0", "c0")]
+    a = [cell, first["input"], *both, first["weights"] + second["weights"], *[first[k] for k in FIELDS[5:10]], 2]
+    found = STACK(*a)
+    assert found[0].equal(expected)
+    assert found[0].stride() == expected.stride()
+    assert found[1].equal(torch.cat([states[0], more[0]]))
+    assert found[2].equal(torch.cat([states[1], more[1]]))
+    opcheck(STACK, tuple(a))
+
+
+def test_stack_names_what_is_wrong():
+    a = arguments("gru")
+    common = [a[k] for k in FIELDS[5:10]]
+    weights = a["weights"]
+    for arguments_, message in (
+        ((a["input"], None, None, weights, *common, 3), r"num_layers: expected a number of layers that the 8 weights"),
+        ((a["input"], None, None, weights, *common, 0), r"num_layers: expected .* got 0"),
+        ((a["input"], a["h0"], None, weights * 2, *common, 2), r"h0: expected shape \(L\*D, B, P\) = \(4, 3, 5\)"),
+        ((a["input"], None, None, weights * 2, *common, 2), r"w_ih\): expected shape \(3\*H, I\) = \(15, 10\)"),
+        ((a["input"], None, a["h0"], weights, *common, 1), r"c0: expected None for cell 'gru', got a tensor"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            STACK("gru", *arguments_)
 
 
 def step_arguments(cell, dtype=torch.float32, hx=True, proj=0, B=3, I=7, H=37):
@@ -264,8 +300,18 @@ def test_flops_are_torchs_for_the_same_work():
     assert counts[0] == counts[1] > 0
 
 
+def test_flops_of_layers_in_one_call():
+    rnn, x = fastrnn.LSTM(5, 7, 3, bidirectional=True, proj_size=3), torch.randn(6, 4, 5)
+    counts = []
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded), FlopCounterMode(display=False) as counter:
+            rnn(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_schemas_are_functional():
-    for op in (LAYER, BACKWARD):
+    for op in (LAYER, BACKWARD, STEP, STACK):
         assert not op._schema.is_mutable
         assert torch.Tag.pt2_compliant_tag in op.tags or not op.tags
 

@@ -1,4 +1,4 @@
-"""How a layer is shared out among threads changes no bit: of outputs, states and every gradient, in every tier.
+"""How layers are shared out among threads changes no bit: of outputs, states and every gradient, in every tier.
 
 The split is forced (fastrnn._C.set_split), and compared with one thread. Sizes give each way real work: hidden sizes of
 several groups of vectors, batches that the threads do not divide. What else must not change bits: test_determinism.py.
@@ -125,7 +125,9 @@ def test_the_sizes_give_every_way_real_work():
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="split: expected 'serial', 'batch', 'hidden', or '' .*, got 'both'"):
+    with pytest.raises(
+        ValueError, match="split: expected 'serial', 'batch', 'hidden', 'wavefront', or '' .*, got 'both'"
+    ):
         _C.set_split("both")
     with pytest.raises(ValueError, match="cell: expected the name of a cell, got 'nonsense'"):
         _C.split("nonsense", False, 1, 1, 1, 1, 1, 1, 1)
@@ -194,6 +196,7 @@ import torch, fastrnn
 from fastrnn import _C
 torch.manual_seed(0)
 modules = [fastrnn.LSTM(9, 200, 2, bidirectional=True), fastrnn.GRU(9, 130), fastrnn.LSTM(9, 200, proj_size=70)]
+small, many = fastrnn.GRU(9, 40, 8), torch.randn(300, 1, 9)
 x = torch.randn(25, 3, 9)
 def run():
     found = []
@@ -202,12 +205,13 @@ def run():
         output, _ = rnn(x, lengths=torch.tensor([25, 3, 14]))
         output.sum().backward()
         found += [output.detach(), *(p.grad for p in rnn.parameters())]
-    return found
+    with torch.no_grad():
+        return [*found, *small(many)]
 torch.set_num_threads(1)
 alone = run()
 torch.set_num_threads({threads})
-_C.set_split("hidden")
-for _ in range(3):
+for split in 3 * ["hidden", "wavefront"]:
+    _C.set_split(split)
     assert all(a.equal(b) for a, b in zip(run(), alone))
 print("finished")
 """
@@ -257,6 +261,93 @@ def test_the_split_can_change_between_forward_and_backward():
                 found = [output, *torch.autograd.grad(output.square().sum(), [x, *rnn.parameters()])]
             expected = expected or found
             assert all(a.equal(b) for a, b in zip(found, expected)), (kind, first, second)
+
+
+# -------------------------------------------------------------------------------------------------- layers in one call
+
+STACKS = {
+    "dense": {},
+    "one step": {"T": 1},
+    "two steps": {"T": 2},
+    "long": {"T": 300},
+    "one row": {"B": 1, "H": 20},
+    "narrow input": {"I": 2},
+    "many rows": {"B": 70, "T": 20},
+    "five layers": {"layers": 5},
+    "no states": {"hx": False},
+    "no bias": {"bias": False},
+    "reset": {"reset": True},
+    "batch first": {"batch_first": True},
+    "bidirectional": {"bidirectional": True},
+    "lengths": {"lengths": True, "reset": True},
+    "packed": {"packed": True},
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "dropout, not training": {"dropout": 0.5},
+}
+
+
+def stack(kind, T=75, B=3, I=11, H=70, layers=3, dtype=torch.float32, hx=True, reset=False, lengths=False, packed=False,
+          **options):  # fmt: skip
+    """A call of several layers that returns all its results."""
+    torch.manual_seed(T + B)
+    kind, *projected = kind.split()
+    D, P = 1 + options.get("bidirectional", False), H // 2 + 1 if projected else H
+    extra = {"proj_size": P} if projected else {}
+    rnn = build(kind, I, H, layers, dtype=dtype, **options, **extra).eval()
+    x = torch.randn(*((B, T) if options.get("batch_first") else (T, B)), I, dtype=dtype)
+    states = tuple(torch.randn(layers * D, B, n, dtype=dtype) for n in ((P, H) if kind == "LSTM" else (H,)))
+    given = {"reset": torch.rand(T, B) < 0.1} if reset else {}
+    if lengths:
+        given["lengths"] = torch.randint(0, T + 1, (B,))
+    if packed:
+        x = pack_padded_sequence(x, torch.randint(1, T + 1, (B,)), enforce_sorted=False)
+    hx = None if not hx else states if kind == "LSTM" else states[0]
+    return lambda: [t.detach() for t in tensors_in(rnn(x, hx, **given))]
+
+
+@pytest.mark.parametrize("variant", STACKS)
+@pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
+def test_layers_in_one_call_are_the_layers_one_by_one(kind, variant, isa):
+    """Bit for bit, one after the other and as a wavefront. With gradients each layer is a call of its own."""
+    call = stack(kind, **STACKS[variant])
+    with shared_out("serial", 1):
+        expected = call()
+    assert all(t.isfinite().all() for t in expected)
+    for split, threads in (("", 1), ("", 2), ("wavefront", 2), ("wavefront", 3), ("wavefront", 8), ("hidden", 2)):
+        with shared_out(split, threads), torch.no_grad():
+            found = call()
+        assert all(a.equal(b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True)), threads
+
+
+def test_a_wavefront_is_chosen_for_small_layers_alone():
+    def groups(cell="lstm", T=500, B=1, H=64, D=1, threads=2, layers=2, float64=False):
+        return _C.split(cell, float64, T, B, H, H, H, D, threads, layers)["groups"]
+
+    if _C.split("lstm", False, 9, 64, I, 70, 70, 1, 8)["slices"] < 2:
+        pytest.skip("the CPU quota of this process is one core: nothing is ever shared out")
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        assert groups(cell) == 2
+    assert groups("rnn_tanh", H=8) == 1  # handing on costs more
+    assert groups(layers=1) == groups(threads=1) == groups(D=2) == groups(T=1) == 1
+    assert groups(B=64, H=256) == 1  # slices of the batch do not wait
+    assert groups(layers=3, threads=2) == 2
+    with shared_out("hidden", 2):
+        assert groups() == 1
+
+
+def test_explain_tells_of_a_wavefront():
+    module, x = fastrnn.LSTM(32, 32, 2), torch.randn(500, 1, 32)
+    with shared_out("wavefront", 2):
+        assert "wavefront" not in str(fastrnn.explain(module, x))  # backward wants more of each layer
+        with torch.no_grad():
+            plan = fastrnn.explain(module, x)
+            assert "wavefront" not in str(fastrnn.explain(module, x, all_states=True))
+            assert "wavefront" not in str(fastrnn.explain(module, x, lengths=torch.tensor([7])))
+            assert "wavefront" not in str(fastrnn.explain(module, x[:0]))
+            assert "wavefront" not in str(fastrnn.explain(module, x[:, :0]))
+            assert fastrnn.explain(fastrnn.LSTM(32, 32), x).splits[0].startswith("one thread")
+    assert all(s.startswith("wavefront over time, 2 groups of layers side by side; limit: ") for s in plan.splits)
 
 
 def test_explain_tells_what_was_forced():

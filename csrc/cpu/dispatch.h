@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "plan.h"
 
 namespace fastrnn {
 
@@ -11,6 +12,8 @@ struct Kernels {
   int fma_chains;   // vectors that limit(0, ...) works on
   void (*forward)(const Forward&, const Team&);
   void (*backward)(const Backward&, const Team&);
+  // `count` layers, each with the output of the one before as its input, as choose_wavefront said.
+  void (*wavefront)(const Forward* layers, int count, const Wavefront&, const Team&);
   // y[i] = function(x[i]): 0 sigmoid, 1 tanh; float or double. For the accuracy tests.
   void (*activation)(int function, Dtype dtype, const void* x, void* y, int64_t n);
   // The work by which this machine's limits are timed, on one thread: 0 `repeats` fma of each of fma_chains vectors,

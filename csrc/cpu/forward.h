@@ -58,6 +58,18 @@ struct ForwardPass {
     run_team(team, split.workers, [&](int64_t begin, int64_t end) { work(begin, end); });
   }
 
+  // For a wavefront (stack.h), where one worker has the whole layer: the bytes it needs, taking them, and some steps.
+  int64_t size() {
+    lay_out(nullptr);
+    return layout_size;
+  }
+  void prepare(char* memory) {
+    lay_out(memory);
+    prepare(int64_t(0));
+  }
+  void advance(int64_t begin, int64_t end) { advance(workers[0], 0, begin, end); }
+  static void* operator new(size_t, void* at) { return at; }
+
  private:
   int64_t layout_size = 0;
   T* pack_scratch = nullptr;  // [workers][W * K]
@@ -149,15 +161,11 @@ struct ForwardPass {
     const int rounds = p.D / split.directions;  // directions one after the other, or this worker's own
     for (int round = 0; round < rounds; ++round) {
       if (split.parts == 1) {
-        for (int64_t w = begin; w < end; ++w)
-          for (int64_t q = 0; q < p.T; ++q) {
-            advance(workers[w], direction(w, round), q);
-            if (projected) project_state(workers[w], direction(w, round), q);
-          }
+        for (int64_t w = begin; w < end; ++w) advance(workers[w], direction(w, round), 0, p.T);
         continue;
       }
       for (int64_t q = 0; q < p.T; ++q) {
-        for (int64_t w = begin; w < end; ++w) advance(workers[w], direction(w, round), q);
+        for (int64_t w = begin; w < end; ++w) advance(workers[w], direction(w, round), q, 0, p.T);
         meet.parts(begin, end);
         if (!projected) continue;
         for (int64_t w = begin; w < end; ++w) project_state(workers[w], direction(w, round), q);
@@ -250,7 +258,15 @@ struct ForwardPass {
             p.reset && !last ? w.cut : nullptr};
   }
 
-  void advance(Worker& w, int d, int64_t q) {
+  void advance(Worker& w, int d, int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      advance(w, d, q, begin, end);
+      if (projected) project_state(w, d, q);
+    }
+  }
+
+  // Step q of [begin, end), whose input is there.
+  void advance(Worker& w, int d, int64_t q, int64_t begin, int64_t end) {
     const Step s = step_at(w, d, q);
     const int64_t n = w.slice.count, now = w.slice.active(p, s.t);
     if (s.cut)
@@ -260,10 +276,10 @@ struct ForwardPass {
       gather_x(w, s.t, 0, now, 0);
       step(w, s, 0, now, nullptr);
     } else if (n <= tile) {
-      const int64_t steps = tile / larger(n, 1), in_tile = q % steps;
+      const int64_t steps = tile / larger(n, 1), in_tile = (q - begin) % steps;
       if (in_tile == 0) {
         int64_t rows = 0;
-        for (int64_t i = q; i < smaller(q + steps, p.T); ++i) {
+        for (int64_t i = q; i < smaller(q + steps, end); ++i) {
           const int64_t t = d ? p.T - 1 - i : i;
           w.offset[i - q] = rows;
           rows = gather_x(w, t, 0, w.slice.active(p, t), rows);

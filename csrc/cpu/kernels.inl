@@ -35,25 +35,36 @@ constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #include "pack.h"
 #include "layer.h"
 #include "forward.h"
+#include "stack.h"
 #include "gradients.h"
 #include "backward.h"
 #include "roofline.h"
 // clang-format on
 
-template <template <class, class> class Pass, class Problem>
-void run_pass(const Problem& problem, const Team& team) {
+// Calls f(cell, value) with the types that a layer is computed by.
+template <class F>
+void with_types(const Layer& layer, const F& f) {
   for_each_cell([&](auto cell) {
-    using Cell = decltype(cell);
-    if (Cell::kind != problem.cell) return;
-    if (problem.dtype == Dtype::f64)
-      Pass<Cell, f64>(problem).run(team);
+    if (cell.kind != layer.cell) return;
+    if (layer.dtype == Dtype::f64)
+      f(cell, f64{});
     else
-      Pass<Cell, f32>(problem).run(team);
+      f(cell, f32{});
   });
 }
 
-void run_forward(const Forward& problem, const Team& team) { run_pass<ForwardPass>(problem, team); }
-void run_backward(const Backward& problem, const Team& team) { run_pass<BackwardPass>(problem, team); }
+void run_forward(const Forward& problem, const Team& team) {
+  with_types(problem, [&](auto cell, auto v) { ForwardPass<decltype(cell), decltype(v)>(problem).run(team); });
+}
+
+void run_backward(const Backward& problem, const Team& team) {
+  with_types(problem, [&](auto cell, auto v) { BackwardPass<decltype(cell), decltype(v)>(problem).run(team); });
+}
+
+void run_wavefront(const Forward* layers, int count, const Wavefront& wave, const Team& team) {
+  with_types(layers[0],
+             [&](auto cell, auto v) { StackPass<decltype(cell), decltype(v)>{layers, count, wave}.run(team); });
+}
 
 template <class V>
 void activate(int function, const void* from, void* to, int64_t n) {
@@ -76,7 +87,13 @@ void run_activation(int function, Dtype dtype, const void* x, void* y, int64_t n
 
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
-const Kernels table = {
-    FASTRNN_NAME(FASTRNN_NAMESPACE), f32::lanes, fma_chains, run_forward, run_backward, run_activation, run_limit};
+const Kernels table = {FASTRNN_NAME(FASTRNN_NAMESPACE),
+                       f32::lanes,
+                       fma_chains,
+                       run_forward,
+                       run_backward,
+                       run_wavefront,
+                       run_activation,
+                       run_limit};
 
 }  // namespace fastrnn::FASTRNN_NAMESPACE

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <vector>
 
 #define FASTRNN_EXPORT __attribute__((visibility("default")))
 
@@ -24,6 +25,7 @@ constexpr double barrier_us =
 constexpr double pack_gbs = 12;   // writing packed weights
 constexpr double share_gbs = 8;   // reading what another core has packed
 constexpr double step_us = 0.03;  // a step's own bookkeeping
+constexpr double handover_us = 0.08;   // reading, in a wavefront, what another core has just written for a step
 constexpr double vector_gflops = 100;  // one core, float; half of it in double
 constexpr double scalar_gflops = 3;
 constexpr double l1_bytes = 28 * 1024, l1_gbs = 200, l2_gbs = 110, beyond_gbs = 40;
@@ -41,7 +43,7 @@ double l2_bytes() {
 }
 
 std::atomic<int> forced{0};  // index into names
-const char* const names[] = {"", "serial", "batch", "hidden"};
+const char* const names[] = {"", "serial", "batch", "hidden", "wavefront"};
 
 struct Cost {
   double us;
@@ -103,7 +105,7 @@ FASTRNN_EXPORT int cpu_quota() {
 void yield_thread() { sched_yield(); }
 
 FASTRNN_EXPORT bool force_split(const char* name) {
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 5; ++i)
     if (!std::strcmp(names[i], name)) {
       forced.store(i, std::memory_order_relaxed);
       return true;
@@ -144,12 +146,45 @@ FASTRNN_EXPORT Split choose_split(const Layer& p, const CellTraits& cell, int th
       for (int parts = 1; parts <= std::min(share, most_parts); ++parts)
         for (int slices = 1; slices * parts <= share && slices <= p.B; ++slices)
           consider(directions, slices, parts, false);
-  } else if (wanted > 1 && threads > 1) {
+  } else if ((wanted == 2 || wanted == 3) && threads > 1) {
     best.workers = threads;
     consider(side_by_side, wanted == 2 ? int(std::min<int64_t>(share, p.B)) : 1,
              wanted == 3 ? std::min(share, most_parts) : 1, true);
   }
   best.limit = cost.limit;
+  best.us = cost.us;
+  return best;
+}
+
+FASTRNN_EXPORT Wavefront choose_wavefront(const Layer* const* layers, int count, const CellTraits& cell, int threads,
+                                          int lanes, int value_bytes, int group_blocks) {
+  const Layer& first = *layers[0];
+  const int wanted = forced.load(std::memory_order_relaxed);
+  Wavefront best;
+  if (count < 2 || threads < 2 || first.T < 2 || first.D == 2 || first.first_row || (wanted && wanted != 4))
+    return best;
+  std::vector<double> alone;
+  double us = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto cost = [&](int n) { return choose_split(*layers[i], cell, n, lanes, value_bytes, group_blocks).us; };
+    alone.push_back(cost(1));
+    us += cost(threads);
+  }
+  const int64_t steps = std::clamp<int64_t>(first.T / 16, 8, 64);
+  const double pieces = std::ceil(double(first.T) / double(steps));
+  for (int groups = 2; groups <= std::min(threads, count); ++groups) {
+    double slowest = 0;
+    for (int g = 0; g < groups; ++g) {
+      double group = 0;
+      for (int i = count * g / groups; i < count * (g + 1) / groups; ++i) group += alone[i];
+      slowest = std::max(slowest, group);
+    }
+    const double found = slowest * (1 + (groups - 1) / pieces) + barrier_us * (pieces + groups) + start_us +
+                         handover_us * double(first.T);
+    if (wanted != 4 && found >= 0.9 * us) continue;
+    us = wanted == 4 ? us : found;
+    best = {groups, steps};
+  }
   return best;
 }
 

@@ -14,6 +14,7 @@ struct Split {
   int slices = 1;          // of the rows, in each direction
   int parts = 1;           // of the hidden units, in each slice
   const char* limit = "";  // what bounds a step, by the model
+  double us = 0;           // how long the layer takes, by the model
 
   int recurrent() const { return directions * slices * parts; }  // workers of the recurrence
 };
@@ -23,7 +24,20 @@ struct Split {
 Split choose_split(const Layer& layer, const CellTraits& cell, int threads, int lanes, int value_bytes,
                    int group_blocks);
 
-// For tests and measurements: "serial", "batch", "hidden", or "" for the model's choice. False for another name.
+// Layers on top of each other, as a wavefront over time (stack.h): groups of layers side by side, which pass on the
+// sequence `steps` steps at a time. One group: no wavefront.
+struct Wavefront {
+  int groups = 1;
+  int64_t steps = 0;
+};
+
+// Of `count` layers that are to be run without a tape. Arguments as for choose_split; of the layers after the first,
+// only sizes are read.
+Wavefront choose_wavefront(const Layer* const* layers, int count, const CellTraits& cell, int threads, int lanes,
+                           int value_bytes, int group_blocks);
+
+// For tests and measurements: "serial", "batch", "hidden", "wavefront", or "" for the model's choice. False for another
+// name.
 bool force_split(const char* name);
 
 // What the process may use at once by its control group; a large number without a quota. Spinning beyond it is waste.

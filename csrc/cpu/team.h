@@ -18,9 +18,10 @@ FASTRNN_INLINE int arrive(Barrier& b, int count, int all) {
 
 // Spins for a while, for the others are at most a step behind, then lets other threads run: there may be fewer cores
 // than workers.
-static void wait(const Barrier& b, int epoch) {
+template <class F>
+FASTRNN_INLINE void spin_until(const F& done) {
   constexpr int patience = 2000;
-  for (int spins = 0; __atomic_load_n(&b.epoch, __ATOMIC_ACQUIRE) == epoch; ++spins) {
+  for (int spins = 0; !done(); ++spins) {
     if (spins > patience) {
       yield_thread();
       continue;
@@ -29,6 +30,15 @@ static void wait(const Barrier& b, int epoch) {
     __builtin_ia32_pause();
 #endif
   }
+}
+
+static void wait(const Barrier& b, int epoch) {
+  spin_until([&] { return __atomic_load_n(&b.epoch, __ATOMIC_ACQUIRE) != epoch; });
+}
+
+// Until a count that another thread raises has come to `least`.
+static void wait_for(const int64_t& count, int64_t least) {
+  spin_until([&] { return __atomic_load_n(&count, __ATOMIC_ACQUIRE) >= least; });
 }
 
 // Runs f(begin, end) over n workers.

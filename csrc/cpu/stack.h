@@ -1,0 +1,59 @@
+// Several layers of one direction, without a tape, as a wavefront over time: each thread has a group of neighbouring
+// layers, and works on a piece of the sequence while the next thread works on the piece before. For small layers, whose
+// steps are too short for threads to meet at each of them.
+//
+// Every layer computes what it would compute alone, in the same order: the same bits.
+
+template <class Cell, class V>
+struct StackPass {
+  using Pass = ForwardPass<Cell, V>;
+
+  const Forward* layers;
+  int count;
+  Wavefront wave;
+
+  struct alignas(64) Progress {
+    int64_t steps;  // that the group's last layer has finished
+  };
+  Pass* passes = nullptr;  // [count]
+  char** memory = nullptr;
+  Progress* progress = nullptr;  // [groups]
+
+  void run(const Team& team) {
+    Workspace workspace;
+    const int64_t size = lay_out(nullptr);
+    lay_out(static_cast<char*>(workspace.reserve(size_t(size))));
+    run_team(team, wave.groups, [&](int64_t begin, int64_t end) { work(begin, end); });
+  }
+
+ private:
+  int64_t lay_out(char* block) {
+    Carve carve{block};
+    passes = carve.take<Pass>(count);
+    memory = carve.take<char*>(count);
+    progress = carve.take<Progress>(wave.groups);
+    if (block) zero(progress, wave.groups);
+    for (int i = 0; i < count; ++i) {
+      carve.gap();
+      char* piece = carve.take<char>(Pass(layers[i]).size());
+      if (block == nullptr) continue;
+      new (&passes[i]) Pass(layers[i]);
+      memory[i] = piece;
+    }
+    return carve.used;
+  }
+
+  int first_layer(int64_t group) const { return int(share_of(count, group, wave.groups)); }
+
+  void work(int64_t begin, int64_t end) {
+    for (int i = first_layer(begin); i < first_layer(end); ++i) passes[i].prepare(memory[i]);
+    const int64_t T = layers[0].T;
+    for (int64_t t = 0; t < T; t += wave.steps)
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t until = smaller(t + wave.steps, T);
+        if (group > 0) wait_for(progress[group - 1].steps, until);
+        for (int i = first_layer(group); i < first_layer(group + 1); ++i) passes[i].advance(t, until);
+        __atomic_store_n(&progress[group].steps, until, __ATOMIC_RELEASE);
+      }
+  }
+};
