@@ -106,10 +106,7 @@ py::dict split_of(const std::string& name, bool float64, int64_t T, int64_t B, i
   const int group_blocks = std::max(1, 4 / cell.gates);
   threads = std::min(threads, cpu_quota());
   const Split s = choose_split(layer, cell, threads, lanes, bytes, group_blocks);
-  std::vector<const Layer*> all(static_cast<size_t>(std::max(1, layers)), &upper);
-  all[0] = &layer;
-  const Wavefront wave =
-      choose_wavefront(all.data(), static_cast<int>(all.size()), cell, threads, lanes, bytes, group_blocks);
+  const Wavefront wave = choose_wavefront(layer, upper, layers, cell, threads, lanes, bytes, group_blocks);
   py::dict result;
   result["directions"] = s.directions;
   result["slices"] = s.slices;

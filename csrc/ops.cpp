@@ -353,13 +353,6 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
   stack[2] = stable::detail::from(tape);
 }
 
-Wavefront plan_wavefront(const std::vector<const Layer*>& layers, const CellTraits& cell, int threads) {
-  const bool wide = layers[0]->dtype == Dtype::f64;
-  return choose_wavefront(layers.data(), static_cast<int>(layers.size()), cell, threads,
-                          std::max(1, current().float_lanes / (wide ? 2 : 1)), wide ? 8 : 4,
-                          std::max(1, 4 / cell.gates));
-}
-
 // Layers on top of each other, without tapes: one call for all, and as a wavefront where that is faster.
 void stack(StableIValue* values, uint64_t, uint64_t) {
   Reader reader(values);
@@ -395,12 +388,12 @@ void stack(StableIValue* values, uint64_t, uint64_t) {
       c0 = keep(p, a.c0, "c0", {count * D, f.B, f.H}, "(L*D, B, H)", p.dtype);
       h_n = empty({count * D, f.B, f.P}, p.dtype);
       c_n = has_c ? empty({count * D, f.B, f.H}, p.dtype) : empty({0}, p.dtype);
-      // The others differ in the width of their input alone.
-      Layer upper = f;
+      Layer upper = f;  // the others differ in the width of their input alone
       upper.I = D * f.P;
-      std::vector<const Layer*> sizes(layers.size(), &upper);
-      sizes[0] = &f;
-      wave = plan_wavefront(sizes, *p.cell, team().size);
+      const bool wide = f.dtype == Dtype::f64;
+      wave = choose_wavefront(f, upper, static_cast<int>(count), *p.cell, team().size,
+                              std::max(1, current().float_lanes / (wide ? 2 : 1)), wide ? 8 : 4,
+                              std::max(1, 4 / p.cell->gates));
     } else if (f.H != layers[0].H || f.P != layers[0].P || p.bias != problems[0].bias) {
       fail("weights: expected every layer to have the shapes of the first, but for the input's, got H = ", f.H,
            ", P = ", f.P, " in layer ", i, " after H = ", layers[0].H, ", P = ", layers[0].P);

@@ -12,7 +12,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <vector>
 
 #define FASTRNN_EXPORT __attribute__((visibility("default")))
 
@@ -20,11 +19,11 @@ namespace fastrnn {
 namespace {
 
 constexpr double start_us = 4;  // fork and join of a team that is awake, and its first looks at shared memory
-constexpr double barrier_us =
-    0.5;                          // two threads that exchange a state: 0.1 on one cache, 0.6 on two; a doubling adds it
-constexpr double pack_gbs = 12;   // writing packed weights
-constexpr double share_gbs = 8;   // reading what another core has packed
-constexpr double step_us = 0.03;  // a step's own bookkeeping
+// Two threads that exchange a state: 0.1 on one cache, 0.6 on two; each doubling of the threads adds it.
+constexpr double barrier_us = 0.5;
+constexpr double pack_gbs = 12;        // writing packed weights
+constexpr double share_gbs = 8;        // reading what another core has packed
+constexpr double step_us = 0.03;       // a step's own bookkeeping
 constexpr double handover_us = 0.08;   // reading, in a wavefront, what another core has just written for a step
 constexpr double vector_gflops = 100;  // one core, float; half of it in double
 constexpr double scalar_gflops = 3;
@@ -156,28 +155,24 @@ FASTRNN_EXPORT Split choose_split(const Layer& p, const CellTraits& cell, int th
   return best;
 }
 
-FASTRNN_EXPORT Wavefront choose_wavefront(const Layer* const* layers, int count, const CellTraits& cell, int threads,
-                                          int lanes, int value_bytes, int group_blocks) {
-  const Layer& first = *layers[0];
+FASTRNN_EXPORT Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, const CellTraits& cell,
+                                          int threads, int lanes, int value_bytes, int group_blocks) {
   const int wanted = forced.load(std::memory_order_relaxed);
   Wavefront best;
   if (count < 2 || threads < 2 || first.T < 2 || first.D == 2 || first.first_row || (wanted && wanted != 4))
     return best;
-  std::vector<double> alone;
-  double us = 0;
-  for (int i = 0; i < count; ++i) {
-    const auto cost = [&](int n) { return choose_split(*layers[i], cell, n, lanes, value_bytes, group_blocks).us; };
-    alone.push_back(cost(1));
-    us += cost(threads);
-  }
+  const auto cost = [&](const Layer& layer, int n) {
+    return choose_split(layer, cell, n, lanes, value_bytes, group_blocks).us;
+  };
+  const double first_alone = cost(first, 1), upper_alone = cost(upper, 1);
+  double us = cost(first, threads) + (count - 1) * cost(upper, threads);  // one after the other, each by all threads
   const int64_t steps = std::clamp<int64_t>(first.T / 16, 8, 64);
   const double pieces = std::ceil(double(first.T) / double(steps));
   for (int groups = 2; groups <= std::min(threads, count); ++groups) {
     double slowest = 0;
     for (int g = 0; g < groups; ++g) {
-      double group = 0;
-      for (int i = count * g / groups; i < count * (g + 1) / groups; ++i) group += alone[i];
-      slowest = std::max(slowest, group);
+      const int layers = count * (g + 1) / groups - count * g / groups;
+      slowest = std::max(slowest, (g == 0 ? first_alone : upper_alone) + (layers - 1) * upper_alone);
     }
     const double found = slowest * (1 + (groups - 1) / pieces) + barrier_us * (pieces + groups) + start_us +
                          handover_us * double(first.T);

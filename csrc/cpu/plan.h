@@ -31,10 +31,10 @@ struct Wavefront {
   int64_t steps = 0;
 };
 
-// Of `count` layers that are to be run without a tape. Arguments as for choose_split; of the layers after the first,
-// only sizes are read.
-Wavefront choose_wavefront(const Layer* const* layers, int count, const CellTraits& cell, int threads, int lanes,
-                           int value_bytes, int group_blocks);
+// For `count` layers that are to be run without a tape: the first, and those above, which are all alike. The other
+// arguments are choose_split's.
+Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, const CellTraits& cell, int threads,
+                           int lanes, int value_bytes, int group_blocks);
 
 // For tests and measurements: "serial", "batch", "hidden", "wavefront", or "" for the model's choice. False for another
 // name.

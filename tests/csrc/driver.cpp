@@ -4,7 +4,7 @@
 //   driver gradient       every gradient against central differences in double, every cell and tier
 //   driver layers [N]     N random layers (ragged, packed, reset, projected, 16-bit): exact-size buffers filled with
 //                         garbage, finite results, tiers agree, one thread and many give the same bits however the work
-//                         is shared out
+//                         is shared out; and N/2 stacks of layers, one by one and as a wavefront
 // Exits 0 when all holds; else says what failed and exits 1.
 #include <algorithm>
 #include <cmath>
@@ -402,6 +402,58 @@ void test_layers(int64_t n) {
   std::printf("%ld layers, %d tiers\n", long(n), count);
 }
 
+// Layers on top of each other: one after the other, and as a wavefront, whose threads read what others write.
+void test_stack(const Kernels& k, Case& c) {
+  const Layer& p = c.layer;
+  const int64_t count = integer(2, 5), s = width_of(p.dtype), GH = c.cell.gates * p.H;
+  std::vector<Buffer> weights, results[2];
+  std::vector<Forward> layers[2];
+  weights.reserve(size_t(count * 2));
+  for (int64_t i = 0; i < count; ++i) {
+    Forward f;
+    static_cast<Layer&>(f) = p;
+    if (i > 0) {
+      f.I = p.P;
+      weights.push_back(random_values(p.dtype, GH * p.P, 1 / std::sqrt(double(p.H))));
+      f.weights[0].w_ih = weights.back().data();
+      weights.push_back(random_values(p.dtype, GH * p.P, 1 / std::sqrt(double(p.H))));
+      f.weights[0].w_hh = weights.back().data();
+    }
+    for (int way = 0; way < 2; ++way) {
+      std::vector<Buffer>& r = results[way];
+      r.reserve(size_t(count * 3));
+      if (i > 0) f.x = {r[size_t(i * 3 - 3)].data(), p.B * p.P, p.P};
+      r.emplace_back(p.T * p.B * p.P * s);
+      f.y = {r.back().data(), p.B * p.P, p.P};
+      r.emplace_back(p.B * p.P * s);
+      f.h_n = r.back().data();
+      r.emplace_back(c.cell.has_c ? p.B * p.H * s : 0);
+      f.c_n = r.back().data();
+      layers[way].push_back(f);
+    }
+  }
+  for (const Forward& f : layers[0]) k.forward(f, threads(1));
+  Wavefront wave;
+  wave.groups = int(integer(2, count));
+  wave.steps = integer(1, p.T);
+  k.wavefront(layers[1].data(), int(count), wave, threads(integer(0, 3) ? wave.groups : 1));
+  for (size_t b = 0; b < results[0].size(); ++b)
+    EXPECT(results[0][b].bytes == results[1][b].bytes, "%s layer %ld result %ld: a wavefront changes bits: %s", k.isa,
+           long(b / 3), long(b % 3), describe(c).c_str());
+}
+
+void test_stacks(int64_t n) {
+  const Kernels* tables[8];
+  const int count = available(tables);
+  for (int64_t i = 0; i < n;) {
+    Case c = random_case(false);
+    if (c.layer.D == 2 || c.layer.first_row) continue;
+    for (int k = 0; k < count; ++k) test_stack(*tables[k], c);
+    ++i;
+  }
+  std::printf("%ld stacks, %d tiers\n", long(n), count);
+}
+
 // --------------------------------------------------------------------------------------------------------- gradient
 
 double loss(const Kernels& k, Case& c) {
@@ -466,7 +518,7 @@ int main(int argc, char** argv) {
   else if (what == "gradient")
     test_gradient(n > 0 ? n : 60);
   else if (what == "layers")
-    test_layers(n > 0 ? n : 100);
+    test_layers(n > 0 ? n : 100), test_stacks(n > 0 ? n / 2 : 50);
   else
     return std::printf("usage: driver ulp | gradient | layers [N]\n"), 2;
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
