@@ -195,7 +195,9 @@ FASTRNN_INLINE void with_rows(int64_t n, int64_t i, const F& f) {
 template <int Most, class F>
 FASTRNN_INLINE void over_even_rows(int64_t begin, int64_t n, const F& f) {
   for (int64_t i = begin, tiles = ceil_div(n - begin, Most); tiles > 0; --tiles) {
-    const int64_t rows = ceil_div(n - i, tiles);
+    int64_t rows = ceil_div(n - i, tiles);
+    // Seven rows are slower than eight: the compiler runs out of registers for their addresses.
+    if (rows == 7) rows = n - i >= 8 ? 8 : (++tiles, 4);
     with_rows<Most>(rows, i, f);
     i += rows;
   }
