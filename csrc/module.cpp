@@ -97,16 +97,14 @@ const CellTraits& find_cell(const std::string& name) {
 // threads: each by itself, and all of them as a wavefront.
 py::dict split_of(const std::string& name, bool float64, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
                   int threads, int layers) {
-  const CellTraits& cell = find_cell(name);
   Layer layer;
+  layer.cell = find_cell(name).kind, layer.dtype = float64 ? Dtype::f64 : Dtype::f32;
   layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.D = D;
   Layer upper = layer;
   upper.I = D * P;
-  const int lanes = std::max(1, current().float_lanes / (float64 ? 2 : 1)), bytes = float64 ? 8 : 4;
-  const int group_blocks = std::max(1, 4 / cell.gates);
   threads = std::min(threads, cpu_quota());
-  const Split s = choose_split(layer, cell, threads, lanes, bytes, group_blocks);
-  const Wavefront wave = choose_wavefront(layer, upper, layers, cell, threads, lanes, bytes, group_blocks);
+  const Split s = plan_split(layer, threads);
+  const Wavefront wave = plan_wavefront(layer, upper, layers, threads);
   py::dict result;
   result["directions"] = s.directions;
   result["slices"] = s.slices;

@@ -390,10 +390,7 @@ void stack(StableIValue* values, uint64_t, uint64_t) {
       c_n = has_c ? empty({count * D, f.B, f.H}, p.dtype) : empty({0}, p.dtype);
       Layer upper = f;  // the others differ in the width of their input alone
       upper.I = D * f.P;
-      const bool wide = f.dtype == Dtype::f64;
-      wave = choose_wavefront(f, upper, static_cast<int>(count), *p.cell, team().size,
-                              std::max(1, current().float_lanes / (wide ? 2 : 1)), wide ? 8 : 4,
-                              std::max(1, 4 / p.cell->gates));
+      wave = plan_wavefront(f, upper, static_cast<int>(count), team().size);
     } else if (f.H != layers[0].H || f.P != layers[0].P || p.bias != problems[0].bias) {
       fail("weights: expected every layer to have the shapes of the first, but for the input's, got H = ", f.H,
            ", P = ", f.P, " in layer ", i, " after H = ", layers[0].H, ", P = ", layers[0].P);

@@ -1,6 +1,7 @@
 // Chooses the kernel table: what the machine can run (CPUID), what FASTRNN_ISA asks for, what force() demands.
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -78,6 +79,31 @@ FASTRNN_EXPORT int available(const Kernels** out) {
 FASTRNN_EXPORT const Kernels& current() {
   const Kernels* table = forced.load(std::memory_order_acquire);
   return table ? *table : *standard().table;
+}
+
+namespace {
+
+// What the plan wants to know of the kernels: vectors, values, and the vectors of hidden units worked on together.
+struct Units {
+  const CellTraits& cell;
+  int lanes, bytes, group;
+  explicit Units(const Layer& layer)
+      : cell(traits(layer.cell)),
+        lanes(std::max(1, current().float_lanes / (layer.dtype == Dtype::f64 ? 2 : 1))),
+        bytes(layer.dtype == Dtype::f64 ? 8 : 4),
+        group(std::max(1, 4 / cell.gates)) {}
+};
+
+}  // namespace
+
+FASTRNN_EXPORT Split plan_split(const Layer& layer, int threads) {
+  const Units u(layer);
+  return choose_split(layer, u.cell, threads, u.lanes, u.bytes, u.group);
+}
+
+FASTRNN_EXPORT Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, int threads) {
+  const Units u(first);
+  return choose_wavefront(first, upper, count, u.cell, threads, u.lanes, u.bytes, u.group);
 }
 
 FASTRNN_EXPORT bool force(const char* isa) {

@@ -37,6 +37,10 @@ extern const Kernels table;
 int available(const Kernels** out);
 // The table in use: the widest available, unless FASTRNN_ISA or force() says otherwise.
 const Kernels& current();
+// choose_split and choose_wavefront (plan.h) for the table in use: how a layer, or `count` of them, would be shared
+// out.
+Split plan_split(const Layer& layer, int threads);
+Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, int threads);
 // Selects a tier by name ("" goes back to the default); false when this machine cannot run it.
 bool force(const char* isa);
 // The value of FASTRNN_ISA when it names no tier this machine can run, else null: reported, never fatal.

@@ -83,8 +83,10 @@ FASTRNN_INLINE void accumulate(V (&part)[M][N], const typename V::T* a, int64_t 
         [&](int v) { return V::load(b + k * b_k + v * b_vector); });
 }
 
+// How many vectors of a group of n make a panel.
+constexpr int panel_of(int n) { return n % 2 ? n : 2; }
 template <int N>
-constexpr int panel = N % 2 ? N : 2;
+constexpr int panel = panel_of(N);
 
 // Where depth k of vector v of a packed group lies.
 template <int N, class V>

@@ -114,16 +114,16 @@ static void pack_group(const Source& from, const Storage<V>& storage, int64_t K,
   using T = typename V::T;
   constexpr int W = V::lanes;
   if (!from.transposed) return pack_rows<V>(from, storage, K, first, first + blocks, group);
-  const int N = int(blocks * G), panel = N % 2 ? N : 2;
+  const int P = panel_of(int(blocks * G));
   for (int64_t u = 0; u < blocks; ++u)
     for (int g = 0; g < G; ++g) {
       const int64_t unit = (first + u) * W;
       const int64_t n = smaller(W, from.units - unit);
       const int v = int(u * G + g);
-      T* out = group + (v / panel * K * panel + v % panel) * W;
+      T* out = group + (v / P * K * P + v % P) * W;
       const T* rows[W];
       weight_rows<V>(from, storage, g, unit, n, K, rows, scratch);
-      pack_columns<V>(rows, n, K, out, panel * W);
+      pack_columns<V>(rows, n, K, out, P * W);
     }
 }
 

@@ -112,8 +112,7 @@ FASTRNN_EXPORT bool force_split(const char* name) {
   return false;
 }
 
-FASTRNN_EXPORT Split choose_split(const Layer& p, const CellTraits& cell, int threads, int lanes, int value_bytes,
-                                  int group_blocks) {
+Split choose_split(const Layer& p, const CellTraits& cell, int threads, int lanes, int value_bytes, int group_blocks) {
   const double blocks = std::ceil(double(p.H) / lanes);
   const int group = group_blocks;
   const int most_parts = int(std::max(1.0, std::ceil(blocks / group)));
@@ -155,8 +154,8 @@ FASTRNN_EXPORT Split choose_split(const Layer& p, const CellTraits& cell, int th
   return best;
 }
 
-FASTRNN_EXPORT Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, const CellTraits& cell,
-                                          int threads, int lanes, int value_bytes, int group_blocks) {
+Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, const CellTraits& cell, int threads,
+                           int lanes, int value_bytes, int group_blocks) {
   const int wanted = forced.load(std::memory_order_relaxed);
   Wavefront best;
   if (count < 2 || threads < 2 || first.T < 2 || first.D == 2 || first.first_row || (wanted && wanted != 4))
