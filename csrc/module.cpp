@@ -94,12 +94,13 @@ const CellTraits& find_cell(const std::string& name) {
 }
 
 // How layers on top of each other, which differ in the width of their input alone, would be shared out among `threads`
-// threads: each by itself, and all of them as a wavefront.
+// threads: each by itself, and all of them as a wavefront. kept: with weights that are packed already.
 py::dict split_of(const std::string& name, bool float64, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
-                  int threads, int layers) {
+                  int threads, int layers, bool kept) {
   Layer layer;
   layer.cell = find_cell(name).kind, layer.dtype = float64 ? Dtype::f64 : Dtype::f32;
   layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.D = D;
+  if (kept) layer.weights[0].packed = &layer;  // that there are some is all the plan asks
   Layer upper = layer;
   upper.I = D * P;
   threads = std::min(threads, cpu_quota());
@@ -163,7 +164,7 @@ PYBIND11_MODULE(_C, m) {
         "choice).");
   m.def(
       "split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-      py::arg("P"), py::arg("D"), py::arg("threads"), py::arg("layers") = 1,
+      py::arg("P"), py::arg("D"), py::arg("threads"), py::arg("layers") = 1, py::arg("kept") = false,
       "How a layer would be shared out: directions side by side, slices of rows, parts of hidden units; the limit; and "
       "into how many groups so many layers, without a tape, for a wavefront.");
   m.def("workspace_bytes", &workspace_bytes, "Bytes of scratch memory that the kernels keep, all threads together.");

@@ -4,11 +4,13 @@
 //   layer()           allocates the results, fills Forward, runs the kernel
 //   step()            the same for one step of a cell
 //   stack()           the same for several layers, without what backward needs
+//   pack(), frozen()  weights packed once, and stack() or step() by them
 //   layer_backward()  fills Backward, allocates the gradients, runs the kernel; of layer() and, with a 2-D input,
 //   step()
 //
 // Letters for sizes are problem.h's. Errors name the argument, what was expected and what came.
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
@@ -52,7 +54,7 @@ Arguments take_arguments(Reader& reader, bool one_step = false) {
 struct Problem {
   Layer layer;
   const CellTraits* cell = nullptr;
-  bool packed = false, projection = false, bias = false;
+  bool packed = false, bias = false;
   int64_t N = 0;             // rows of the tape: the stored rows, or T*B where lengths alone tell how many are used
   int32_t dtype = 0;         // torch's code of the storage dtype
   int32_t compute = 0;       // and of the compute dtype
@@ -69,6 +71,7 @@ struct Shape {
   Shape(std::initializer_list<int64_t> list) : dim(static_cast<int64_t>(list.size())) {
     std::copy(list.begin(), list.end(), sizes);
   }
+  Sizes list() const { return Sizes(sizes, sizes + dim); }
   bool operator==(const Tensor& t) const { return t.dim() == dim && std::equal(sizes, sizes + dim, t.sizes().data()); }
 };
 
@@ -122,18 +125,22 @@ const CellTraits& find_cell(const std::string& name) {
   fail("cell: expected one of ", known, ", got '", name, "'");
 }
 
-void check_input(Problem& p, const Arguments& a, bool one_step) {
-  const Tensor& x = a.input;
-  if (!x.defined() || !x.is_cpu()) fail("input: expected a CPU tensor, got a tensor on another device");
-  p.dtype = dtype_of(x);
+// The dtype that everything is to have: that of `t`.
+void read_dtype(Problem& p, const Tensor& t, const char* name) {
+  if (!t.defined() || !t.is_cpu()) fail(name, ": expected a CPU tensor, got a tensor on another device");
+  p.dtype = dtype_of(t);
   const DtypeInfo* floating = dtypes();  // the first four, in the order of enum Dtype
   constexpr Dtype kinds[] = {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16};
   int kind = 0;
   while (kind < 4 && floating[kind].code != p.dtype) ++kind;
-  if (kind == 4) fail("input: expected dtype float32, float64, bfloat16 or float16, got ", dtype_name(p.dtype));
+  if (kind == 4) fail(name, ": expected dtype float32, float64, bfloat16 or float16, got ", dtype_name(p.dtype));
   p.layer.dtype = kinds[kind];
   p.compute = p.layer.dtype == Dtype::f64 ? p.dtype : aoti_torch_dtype_float32();
+}
 
+void check_input(Problem& p, const Arguments& a, bool one_step) {
+  const Tensor& x = a.input;
+  read_dtype(p, x, "input");
   p.packed = a.batch_sizes.has_value();
   const bool flat = p.packed || one_step;
   if (x.dim() != (flat ? 2 : 3))
@@ -221,14 +228,14 @@ void check_weights(Problem& p, const Arguments& a) {
   if (a.weights.size() % l.D || n < 2 || n > 5)
     fail("weights: expected 2 to 5 tensors for each of ", l.D, " direction(s), got ", a.weights.size());
   p.bias = n >= 4;
-  p.projection = n % 2 == 1;
-  if (p.projection && !cell.has_c)
+  p.layer.projected = n % 2 == 1;
+  if (p.layer.projected && !cell.has_c)
     fail("weights: expected no projection for cell '", cell.name, "', got ", n, " weights");
   if (!a.weights[1].defined() || a.weights[1].dim() != 2 || a.weights[1].size(0) == 0 ||
       a.weights[1].size(0) % cell.gates)
     fail("weights[1] (w_hh): expected shape (", cell.gates, "*H, P), H >= 1, got ", shape_of(a.weights[1]));
   l.H = a.weights[1].size(0) / cell.gates;
-  l.P = p.projection ? a.weights[1].size(1) : l.H;
+  l.P = p.layer.projected ? a.weights[1].size(1) : l.H;
   if (l.P == 0) fail("weights[1] (w_hh): expected shape (", cell.gates, "*H, P), P >= 1, got ", shape_of(a.weights[1]));
 
   const char* names[5] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
@@ -242,7 +249,7 @@ void check_weights(Problem& p, const Arguments& a) {
     Weights& w = l.weights[d];
     const void** slots[5] = {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr};
     for (size_t k = 0; k < n; ++k) {
-      const size_t role = p.projection && k == n - 1 ? 4 : k;
+      const size_t role = p.layer.projected && k == n - 1 ? 4 : k;
       const Tensor& weight = a.weights[d * n + k];
       check_tensor(
           weight, [&] { return "weights[" + std::to_string(d * n + k) + "] (" + names[role] + ")"; }, p.dtype,
@@ -252,10 +259,56 @@ void check_weights(Problem& p, const Arguments& a) {
   }
 }
 
-// one_step: the input is (B, I), the states (B, P) and (B, H).
-Problem check(const Arguments& a, bool bidirectional, bool one_step = false) {
+// Weights that are kept packed: this, then what Kernels::pack wrote for each layer and direction.
+struct alignas(64) PackedHeader {
+  char magic[8];
+  char isa[16];
+  CellKind cell;
+  Dtype dtype;
+  int D, projected, bias;
+  int64_t layers, I, H, P;
+  int64_t size, first_size;  // bytes of one direction: of a layer, of the first one
+
+  int64_t bytes() const { return int64_t(sizeof(PackedHeader)) + D * (first_size + (layers - 1) * size); }
+  // Where layer k, direction d begins.
+  int64_t place(int64_t k, int d) const {
+    return int64_t(sizeof(PackedHeader)) + (k ? D * (first_size + (k - 1) * size) + d * size : d * first_size);
+  }
+};
+constexpr char packed_magic[8] = "fastrnn";
+
+// The header of the argument `packed`, which may be any tensor.
+const PackedHeader& packed_header(const Tensor& packed) {
+  const bool bytes = packed.defined() && packed.is_cpu() && dtype_of(packed) == aoti_torch_dtype_uint8() &&
+                     packed.dim() == 1 && packed.is_contiguous() && packed.size(0) >= int64_t(sizeof(PackedHeader));
+  const auto* header = bytes ? static_cast<const PackedHeader*>(packed.data_ptr()) : nullptr;
+  if (!header || std::memcmp(header->magic, packed_magic, sizeof packed_magic) || packed.size(0) != header->bytes() ||
+      reinterpret_cast<uintptr_t>(header) % 64)
+    fail("packed: expected what fastrnn::pack returned, got another tensor");
+  if (std::strcmp(header->isa, current().isa))
+    fail("packed: expected weights packed for ", current().isa, ", got some packed for ", header->isa);
+  return *header;
+}
+
+// The weights of layer k, from those that follow the header.
+void take_packed(Problem& p, const Arguments& a, const PackedHeader& header, int64_t k) {
+  Layer& l = p.layer;
+  const int64_t I = k ? header.D * header.P : header.I;
+  if (header.dtype != l.dtype || I != l.I)
+    fail("input: expected ", dtype_name(dtypes()[int(header.dtype)].code), " and ", I,
+         " features, as the packed weights, got ", dtype_name(p.dtype), " of shape ", shape_of(a.input));
+  l.H = header.H;
+  l.P = header.P;
+  l.projected = header.projected;
+  p.bias = header.bias;
+  for (int d = 0; d < l.D; ++d) l.weights[d].packed = reinterpret_cast<const char*>(&header) + header.place(k, d);
+}
+
+// one_step: the input is (B, I), the states (B, P) and (B, H). header: of packed weights, whose layer k this is.
+Problem check(const Arguments& a, bool bidirectional, bool one_step = false, const PackedHeader* header = nullptr,
+              int64_t k = 0) {
   Problem p;
-  p.cell = &find_cell(a.cell);
+  p.cell = header ? &traits(header->cell) : &find_cell(a.cell);
   Layer& l = p.layer;
   l.cell = p.cell->kind;
   l.D = bidirectional ? 2 : 1;
@@ -271,7 +324,10 @@ Problem check(const Arguments& a, bool bidirectional, bool one_step = false) {
     p.N = l.T * l.B;
     if (l.T == 0) fail("input: expected at least one time step, got shape ", shape_of(a.input));
   }
-  check_weights(p, a);
+  if (header)
+    take_packed(p, a, *header, k);
+  else
+    check_weights(p, a);
   if (a.c0 && !p.cell->has_c) fail("c0: expected None for cell '", p.cell->name, "', got a tensor");
   if (one_step) {
     l.h0 = keep(p, a.h0, "h0", {l.B, l.P}, "(B, P)", p.dtype);
@@ -290,7 +346,7 @@ Problem check(const Arguments& a, bool bidirectional, bool one_step = false) {
   return p;
 }
 
-int64_t tape_width(const Problem& p) { return tape_width(*p.cell, p.layer.H, p.layer.P, p.projection); }
+int64_t tape_width(const Problem& p) { return tape_width(*p.cell, p.layer.H, p.layer.P, p.layer.projected); }
 
 int64_t compute_size(const Problem& p) { return p.layer.dtype == Dtype::f64 ? 8 : 4; }
 
@@ -353,18 +409,28 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
   stack[2] = stable::detail::from(tape);
 }
 
-// Layers on top of each other, without tapes: one call for all, and as a wavefront where that is faster.
-void stack(StableIValue* values, uint64_t, uint64_t) {
-  Reader reader(values);
-  const Arguments a = take_arguments(reader);
-  const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
-  const int64_t count = reader.take<int64_t>();
+// The weights of `count` layers, of so many a layer; fails where there is not the same number for each.
+size_t weights_per_layer(const Arguments& a, int64_t count) {
   if (count < 1 || a.weights.empty() || a.weights.size() % static_cast<size_t>(count))
     fail("num_layers: expected a number of layers that the ", a.weights.size(), " weights can be shared out to, got ",
          count);
+  return a.weights.size() / static_cast<size_t>(count);
+}
 
+// A layer above the first differs from it in the width of its input alone.
+void check_alike(const Problem& p, const Problem& first, int64_t k) {
+  if (p.layer.H != first.layer.H || p.layer.P != first.layer.P || p.bias != first.bias)
+    fail("weights: expected every layer to have the shapes of the first, but for the input's, got H = ", p.layer.H,
+         ", P = ", p.layer.P, " in layer ", k, " after H = ", first.layer.H, ", P = ", first.layer.P);
+}
+
+// Layers on top of each other, without tapes: one call for all, and as a wavefront where that is faster. A one-step
+// input (B, I) gives h, an empty h_n, and c. header: of packed weights, which then stand for a.weights.
+std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool batch_major, int64_t count,
+                                const PackedHeader* header = nullptr) {
   const SerialInForkedChild serial;
-  const size_t per_layer = a.weights.size() / static_cast<size_t>(count);
+  const bool one_step = header && a.input.defined() && a.input.dim() == 2 && !a.batch_sizes;
+  const size_t per_layer = header ? 0 : weights_per_layer(a, count);
   // The layers' sizes follow from the weights; each is checked with the input that it will have.
   Arguments part = a;
   part.h0 = part.c0 = std::nullopt;
@@ -374,35 +440,35 @@ void stack(StableIValue* values, uint64_t, uint64_t) {
   const void *h0 = nullptr, *c0 = nullptr;
   Wavefront wave;
   problems.reserve(layers.size());
-  for (size_t i = 0; i < layers.size(); ++i) {
-    part.weights.assign(a.weights.begin() + i * per_layer, a.weights.begin() + (i + 1) * per_layer);
-    problems.push_back(check(part, bidirectional));
+  for (int64_t k = 0; k < count; ++k) {
+    if (!header) part.weights.assign(a.weights.begin() + k * per_layer, a.weights.begin() + (k + 1) * per_layer);
+    problems.push_back(check(part, bidirectional, one_step, header, k));
     Problem& p = problems.back();
-    Forward& f = layers[i];
+    Forward& f = layers[k];
     static_cast<Layer&>(f) = p.layer;
     const int64_t D = f.D, size = p.input.element_size(), state = D * f.B * f.P * size, cell = D * f.B * f.H * size;
-    if (i == 0) {
+    if (k == 0) {
       const bool has_c = p.cell->has_c;
       if (a.c0 && !has_c) fail("c0: expected None for cell '", p.cell->name, "', got a tensor");
-      h0 = keep(p, a.h0, "h0", {count * D, f.B, f.P}, "(L*D, B, P)", p.dtype);
-      c0 = keep(p, a.c0, "c0", {count * D, f.B, f.H}, "(L*D, B, H)", p.dtype);
-      h_n = empty({count * D, f.B, f.P}, p.dtype);
-      c_n = has_c ? empty({count * D, f.B, f.H}, p.dtype) : empty({0}, p.dtype);
+      const Shape h_shape = one_step ? Shape{f.B, f.P} : Shape{count * D, f.B, f.P};
+      const Shape c_shape = one_step ? Shape{f.B, f.H} : Shape{count * D, f.B, f.H};
+      h0 = keep(p, a.h0, "h0", h_shape, one_step ? "(B, P)" : "(L*D, B, P)", p.dtype);
+      c0 = keep(p, a.c0, "c0", c_shape, one_step ? "(B, H)" : "(L*D, B, H)", p.dtype);
+      h_n = empty(one_step ? Sizes{0} : h_shape.list(), p.dtype);
+      c_n = empty(has_c ? c_shape.list() : Sizes{0}, p.dtype);
       Layer upper = f;  // the others differ in the width of their input alone
       upper.I = D * f.P;
-      wave = plan_wavefront(f, upper, static_cast<int>(count), team().size);
-    } else if (f.H != layers[0].H || f.P != layers[0].P || p.bias != problems[0].bias) {
-      fail("weights: expected every layer to have the shapes of the first, but for the input's, got H = ", f.H,
-           ", P = ", f.P, " in layer ", i, " after H = ", layers[0].H, ", P = ", layers[0].P);
+      if (count > 1) wave = plan_wavefront(f, upper, static_cast<int>(count), team().size);
+    } else {
+      check_alike(p, problems[0], k);
     }
-    const int64_t n = static_cast<int64_t>(i);
-    if (h0) f.h0 = static_cast<const char*>(h0) + n * state;
-    if (c0) f.c0 = static_cast<const char*>(c0) + n * cell;
-    f.h_n = static_cast<char*>(h_n.data_ptr()) + n * state;
-    if (p.cell->has_c) f.c_n = static_cast<char*>(c_n.data_ptr()) + n * cell;
-    y = p.packed ? empty({p.N, D * f.P}, p.dtype)
-                 : empty_rows(f.T, f.B, D * f.P, batch_major && n == count - 1, p.dtype);
-    const ConstRows rows = rows_of(y, p.packed);
+    if (h0) f.h0 = static_cast<const char*>(h0) + k * state;
+    if (c0) f.c0 = static_cast<const char*>(c0) + k * cell;
+    if (p.cell->has_c) f.c_n = static_cast<char*>(c_n.data_ptr()) + k * cell;
+    y = p.packed || one_step ? empty({p.N, D * f.P}, p.dtype)
+                             : empty_rows(f.T, f.B, D * f.P, batch_major && k == count - 1, p.dtype);
+    f.h_n = one_step ? y.data_ptr() : static_cast<char*>(h_n.data_ptr()) + k * state;
+    const ConstRows rows = rows_of(y, p.packed || one_step);
     f.y = {y.data_ptr(), rows.step, rows.row};
     part.input = y;
     if (wave.groups > 1) continue;
@@ -410,9 +476,87 @@ void stack(StableIValue* values, uint64_t, uint64_t) {
     p.input = Tensor();  // memory for two layers' outputs will do
   }
   if (layers[0].B && wave.groups > 1) current().wavefront(layers.data(), static_cast<int>(count), wave, team());
-  values[0] = stable::detail::from(y);
-  values[1] = stable::detail::from(h_n);
-  values[2] = stable::detail::from(c_n);
+  return {y, h_n, c_n};
+}
+
+void stack(StableIValue* stack, uint64_t, uint64_t) {
+  Reader reader(stack);
+  const Arguments a = take_arguments(reader);
+  const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
+  const auto results = run_stack(a, bidirectional, batch_major, reader.take<int64_t>());
+  for (int i = 0; i < 3; ++i) stack[i] = stable::detail::from(results[i]);
+}
+
+// ------------------------------------------------------------------------------------------------- packed weights
+
+void pack(StableIValue* stack, uint64_t, uint64_t) {
+  Reader reader(stack);
+  Arguments a, part;
+  a.cell = part.cell = reader.take_string();
+  a.weights = reader.take<std::vector<Tensor>>();
+  const bool bidirectional = reader.take<bool>();
+  const int64_t count = reader.take<int64_t>();
+  const SerialInForkedChild serial;
+  const size_t per_layer = weights_per_layer(a, count);
+  std::vector<Problem> problems;
+  for (int64_t k = 0; k < count; ++k) {
+    part.weights.assign(a.weights.begin() + k * per_layer, a.weights.begin() + (k + 1) * per_layer);
+    Problem p;
+    p.cell = &find_cell(a.cell);
+    p.layer.cell = p.cell->kind;
+    p.layer.D = bidirectional ? 2 : 1;
+    read_dtype(p, part.weights[0], "weights[0] (w_ih)");
+    if (part.weights[0].dim() != 2)
+      fail("weights[0] (w_ih): expected shape (", p.cell->gates, "*H, I), got ", shape_of(part.weights[0]));
+    p.layer.I = part.weights[0].size(1);
+    check_weights(p, part);
+    problems.push_back(std::move(p));
+    check_alike(problems.back(), problems[0], k);
+    const int64_t expected = problems[0].layer.D * problems[0].layer.P;
+    if (k && problems.back().layer.I != expected)
+      fail("weights: expected layer ", k, " to have inputs of D*P = ", expected, " features, got ",
+           problems.back().layer.I);
+  }
+  const Kernels& kernels = current();
+  const Layer& first = problems[0].layer;
+  PackedHeader header{};
+  std::memcpy(header.magic, packed_magic, sizeof packed_magic);
+  std::strncpy(header.isa, kernels.isa, sizeof header.isa - 1);
+  header.cell = first.cell, header.dtype = first.dtype, header.D = first.D, header.projected = first.projected;
+  header.bias = problems[0].bias, header.layers = count, header.I = first.I, header.H = first.H, header.P = first.P;
+  header.first_size = kernels.packed_size(first);
+  header.size = kernels.packed_size(problems.back().layer);
+  const Tensor packed = empty_block({header.bytes()}, aoti_torch_dtype_uint8(), 1);
+  auto* const to = static_cast<char*>(packed.data_ptr());
+  std::memcpy(to, &header, sizeof header);
+  for (int64_t k = 0; k < count; ++k)
+    for (int d = 0; d < first.D; ++d) kernels.pack(problems[k].layer, d, to + header.place(k, d));
+  stack[0] = stable::detail::from(packed);
+}
+
+void frozen(StableIValue* stack, uint64_t, uint64_t) {
+  Reader reader(stack);
+  Arguments a;
+  const Tensor packed = reader.take<Tensor>();
+  a.input = reader.take<Tensor>();
+  a.h0 = reader.take_optional();
+  a.c0 = reader.take_optional();
+  const bool batch_first = reader.take<bool>();
+  a.batch_sizes = reader.take_optional();
+  a.lengths = reader.take_optional();
+  a.reset = reader.take_optional();
+  const PackedHeader& header = packed_header(packed);
+  const bool flat = a.input.defined() && a.input.dim() == 2;
+  if (flat && !a.batch_sizes && (header.D > 1 || header.layers > 1 || a.lengths || a.reset))
+    fail(
+        "input: expected 3 dimensions (T, B, input_size), or for one step one layer and direction, lengths and reset "
+        "absent, got shape ",
+        shape_of(a.input));
+  if (flat && batch_first) fail("batch_first: expected False for an input of 2 dimensions, got True");
+  if (batch_first) a.input = stable::transpose(a.input, 0, 1);
+  auto results = run_stack(a, header.D == 2, batch_first, header.layers, &header);
+  if (batch_first) results[0] = stable::transpose(results[0], 0, 1);
+  for (int i = 0; i < 3; ++i) stack[i] = stable::detail::from(results[i]);
 }
 
 // -------------------------------------------------------------------------------------------------------- backward
@@ -466,9 +610,8 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
     const ConstRows rows = rows_of(results[0], flat);
     b.dx = {results[0].data_ptr(), rows.step, rows.row};
   }
-  const auto sizes = [](const Shape& shape) { return Sizes(shape.sizes, shape.sizes + shape.dim); };
-  if (needs[1]) b.dh0 = (results[1] = empty(sizes(h_shape), p.dtype)).data_ptr();
-  if (needs[2]) b.dc0 = (results[2] = empty(sizes(c_shape), p.dtype)).data_ptr();
+  if (needs[1]) b.dh0 = (results[1] = empty(h_shape.list(), p.dtype)).data_ptr();
+  if (needs[2]) b.dc0 = (results[2] = empty(c_shape.list(), p.dtype)).data_ptr();
   for (size_t k = 0; k < a.weights.size(); ++k) {
     if (!needs[3 + k]) continue;
     auto& to = b.gradients[k / p.per_direction];
@@ -476,7 +619,7 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
     void** places[5] = {&to.w_ih, &to.w_hh, &to.b_ih, &to.b_hh, &to.w_hr};
     Tensor& result = results[3 + k];
     result = empty_block(sizes_of(a.weights[k]), p.compute, compute_size(p));
-    *places[p.projection && i == p.per_direction - 1 ? 4 : i] = result.data_ptr();
+    *places[p.layer.projected && i == p.per_direction - 1 ? 4 : i] = result.data_ptr();
     if (!b.B) std::memset(result.data_ptr(), 0, result.numel() * result.element_size());
   }
   if (b.B) current().backward(b, team());
@@ -499,6 +642,10 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "stack(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? reset, bool bidirectional, bool batch_major, int num_layers) -> (Tensor output, Tensor h_n, Tensor "
       "c_n)");
+  m.def("pack(str cell, Tensor[] weights, bool bidirectional, int num_layers) -> Tensor");
+  m.def(
+      "frozen(Tensor packed, Tensor input, Tensor? h0=None, Tensor? c0=None, bool batch_first=False, Tensor? "
+      "batch_sizes=None, Tensor? lengths=None, Tensor? reset=None) -> (Tensor output, Tensor h_n, Tensor c_n)");
   m.def(
       "step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, bool save) "
       "-> (Tensor h, Tensor c, Tensor tape)");
@@ -511,6 +658,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer", &fastrnn::layer);
   m.impl("stack", &fastrnn::stack);
+  m.impl("pack", &fastrnn::pack);
+  m.impl("frozen", &fastrnn::frozen);
   m.impl("step", &fastrnn::step);
   m.impl("layer_backward", &fastrnn::layer_backward);
 }

@@ -30,13 +30,15 @@ struct Rows {
   int64_t row = 0;
 };
 
-// The weights of one direction, contiguous, in torch's gate order. Absent biases and projections are null.
+// The weights of one direction, contiguous, in torch's gate order. Absent biases and projections are null; all five are
+// where there is `packed`, which serves forward alone.
 struct Weights {
-  const void* w_ih = nullptr;  // [G*H, I]
-  const void* w_hh = nullptr;  // [G*H, P]
-  const void* b_ih = nullptr;  // [G*H]
-  const void* b_hh = nullptr;  // [G*H]
-  const void* w_hr = nullptr;  // [P, H]
+  const void* w_ih = nullptr;    // [G*H, I]
+  const void* w_hh = nullptr;    // [G*H, P]
+  const void* b_ih = nullptr;    // [G*H]
+  const void* b_hh = nullptr;    // [G*H]
+  const void* w_hr = nullptr;    // [P, H]
+  const void* packed = nullptr;  // what Kernels::pack has made of them, compute dtype, 64-byte aligned
 };
 
 // One layer with all its directions: what forward and backward have in common.
@@ -45,6 +47,7 @@ struct Layer {
   Dtype dtype = Dtype::f32;
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
   int D = 1;
+  bool projected = false;              // there is a w_hr
   bool packed = false;                 // x, y, dy and dx hold active rows only: row b of step t is row first_row[t] + b
   const int64_t* first_row = nullptr;  // [T + 1] active rows of all steps before t; [T] is N. Null: t * B
   const int64_t* steps_above = nullptr;  // [B + 1] steps of all ranks below r: its first stored row. Null: r * T

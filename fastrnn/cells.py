@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastrnn import autograd
+from fastrnn import autograd, ops
+from fastrnn.frozen import Packing, freezable, kept, undisturbed
 from fastrnn.modules import twin
 from fastrnn.plan import KERNEL, SERVED, plan
 
@@ -69,9 +70,37 @@ def resolve(self, cell: str, input, hx):
     return input[None], None if h is None else h[None], None if c is None else c[None], weights
 
 
+def _quick(self, cell: str, input, hx):
+    """A frozen cell's plain call (input (B, I), no gradient), by the shortest way; None when it is not one."""
+    frozen = self._frozen
+    if frozen is None or type(input) is not Tensor or not undisturbed() or not frozen.serves(self):
+        return None
+    shape = input.shape
+    if len(shape) != 2 or shape[1] != self.input_size or not frozen.takes(input):
+        return None
+    h = hx
+    c = None
+    state = (shape[0], self.hidden_size)
+    if hx is not None:
+        if cell == "lstm":
+            if type(hx) is not tuple or len(hx) != 2:
+                return None
+            h, c = hx
+            if type(c) is not Tensor or c.shape != state or not frozen.takes(c):
+                return None
+        if type(h) is not Tensor or h.shape != state or not frozen.takes(h):
+            return None
+    h, _, c = ops.frozen(frozen.packed, input, h, c)
+    return h, c
+
+
 def _step(self, input, hx):
     """One step, as (h, c); None when torch is to have the call."""
     cell = name(self)
+    if "_frozen" in self.__dict__:
+        found = _quick(self, cell, input, hx)
+        if found is not None:
+            return found
     call = resolve(self, cell, input, hx)
     if call is None:
         return None
@@ -84,7 +113,12 @@ def _step(self, input, hx):
         x, weights = x.to(work), [w.to(work) for w in weights]
         h = None if h is None else h.to(work)
         c = None if c is None else c.to(work)
-    h, c = autograd.step(cell, x, h, c, weights)
+    packed = kept(self)
+    if packed is not None and route is SERVED.get(work) and not autograd.needed(x, h, c, weights):
+        h, _, c = ops.frozen(packed, x, h, c)
+        c = c if cell == "lstm" else None
+    else:
+        h, c = autograd.step(cell, x, h, c, weights)
     return (h, c) if input.dim() == 2 else (h.squeeze(0), None if c is None else c.squeeze(0))
 
 
@@ -94,6 +128,12 @@ def _doc(base: type) -> str:
     )
 
 
+def _packing(self) -> Packing:
+    names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
+    return Packing(name(self), [getattr(self, n) for n in names], names, False, 1)
+
+
+@freezable(_packing)
 class RNNCell(nn.RNNCell):
     __doc__ = _doc(nn.RNNCell)
 
@@ -106,6 +146,7 @@ class RNNCell(nn.RNNCell):
         return twin(self, nn.RNNCell, RNNCell.forward, TORCH_FORWARD[nn.RNNCell])
 
 
+@freezable(_packing)
 class LSTMCell(nn.LSTMCell):
     __doc__ = _doc(nn.LSTMCell)
 
@@ -118,6 +159,7 @@ class LSTMCell(nn.LSTMCell):
         return twin(self, nn.LSTMCell, LSTMCell.forward, TORCH_FORWARD[nn.LSTMCell])
 
 
+@freezable(_packing)
 class GRUCell(nn.GRUCell):
     __doc__ = _doc(nn.GRUCell)
 

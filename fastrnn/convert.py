@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils import parametrize
 
-from fastrnn import cells, modules
+from fastrnn import cells, frozen, modules
 
 _log = logging.getLogger("fastrnn")
 
@@ -78,6 +78,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         target = _converted_class(module, _TO_TORCH)
         if target is not None:
+            frozen.thaw(module)
             module.__class__ = target
     return model
 

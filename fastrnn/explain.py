@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from fastrnn import _C, cells, functional, modules
-from fastrnn.plan import KERNEL, TORCH, Route, plan
+from fastrnn import _C, autograd, cells, frozen, functional, modules
+from fastrnn.plan import KERNEL, SERVED, TORCH, Route, plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +67,14 @@ def explain(module: nn.Module, input, hx=None, *, reset=None, lengths=None, all_
     raise TypeError(f"module: expected an RNN, LSTM, GRU or a cell of one, got {type(module).__name__}")
 
 
-def _split(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int, groups: int) -> str:
+def _split(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int, groups: int, kept: bool) -> str:
     """How a layer would be shared out, in words."""
     if sizes["B"] == 0:
         return "no rows, nothing to compute"
     if groups > 1:
-        found = _found(cell, dtype, sizes, 1)
+        found = _found(cell, dtype, sizes, 1, kept=kept)
         return f"wavefront over time, {groups} groups of layers side by side; limit: {found['limit']}"
-    found = _found(cell, dtype, sizes, threads)
+    found = _found(cell, dtype, sizes, threads, kept=kept)
     ways = []
     if found["slices"] > 1:
         ways.append(f"{found['slices']} slices of the batch")
@@ -86,29 +86,30 @@ def _split(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int, g
     return f"{text or 'one thread'}; limit: {found['limit']}"
 
 
-def _found(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int, layers: int = 1) -> dict:
+def _found(
+    cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int, layers: int = 1, kept: bool = False
+) -> dict:
     T, B, I, H = (sizes[name] for name in "TBIH")
-    stacked = (layers,) if layers > 1 else ()
     P, D = sizes.get("P", H), sizes.get("D", 1)
-    return _C.split(cell, dtype == torch.float64, T, B, I, H, P, D, threads, *stacked)
+    return _C.split(cell, dtype == torch.float64, T, B, I, H, P, D, threads, layers, kept)
 
 
-def _plan(route: Route, cell: str, layers, in_one_call: bool = False) -> Plan:
-    """in_one_call: all layers go to the kernels at once, and are not ragged."""
+def _plan(route: Route, cell: str, layers, in_one_call: bool = False, kept: bool = False) -> Plan:
+    """in_one_call: all layers go to the kernels at once, and are not ragged. kept: with frozen weights."""
     kernel = route.path == KERNEL
     layers, threads = tuple(layers), torch.get_num_threads()
     groups = 1
     if kernel and in_one_call and len(layers) > 1 and layers[0]["B"]:
-        groups = _found(cell, route.work, layers[0], threads, len(layers))["groups"]
+        groups = _found(cell, route.work, layers[0], threads, len(layers), kept)["groups"]
     return Plan(
         route.path,
-        route.reason,
+        f"{route.reason}; its packed weights are kept (freeze)" if kept else route.reason,
         cell,
         None if route.path == TORCH else route.work,
         _C.isa() if kernel else None,
         threads if kernel else None,
         layers,
-        tuple(_split(cell, route.work, sizes, threads, groups) for sizes in layers) if kernel else (),
+        tuple(_split(cell, route.work, sizes, threads, groups, kept) for sizes in layers) if kernel else (),
     )
 
 
@@ -130,7 +131,8 @@ def _explain_sequence(module, input, hx, extended: bool, ragged: bool, all_state
     route = plan(cell, call.data, h0, c0, call.weights, not call.packed, extended)
     dropout = module.dropout if module.num_layers > 1 else 0
     at_once = functional.in_one_call(route, call.data, h0, c0, call.weights, dropout, module.training, all_states)
-    return _plan(route, cell, layers, at_once and not (ragged or call.packed))
+    kept = at_once and route is SERVED.get(route.work) and frozen.kept(module) is not None
+    return _plan(route, cell, layers, at_once and not (ragged or call.packed), kept)
 
 
 def _explain_cell(module, input, hx) -> Plan:
@@ -146,7 +148,9 @@ def _explain_cell(module, input, hx) -> Plan:
         why = "torch.nn's own forward gets the arguments: they do not fit the module, or hidden_size is 0"
         return _plan(Route(TORCH, why), cell, layers)
     layers = [{"T": 1, "B": call[0].size(0)} | layers[0]]
-    return _plan(plan(cell, *call, False, False), cell, layers)
+    route = plan(cell, *call, False, False)
+    kept = route is SERVED.get(route.work) and frozen.kept(module) is not None and not autograd.needed(*call)
+    return _plan(route, cell, layers, kept=kept)
 
 
 def build_info() -> dict:

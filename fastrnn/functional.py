@@ -34,11 +34,13 @@ def run(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     all_states: bool = False,
+    packed: Tensor | None = None,
 ):
     """A checked call.
 
     input 3-D, or 2-D packed with batch_sizes (then rows of hx, reset and results are in packed order, and batch_first
-    is False); reset (T, B). Returns (output, h_n, c_n, h_all, c_all), None for what there is not.
+    is False); reset (T, B); packed: the weights as `ops.pack` packs them, to be used where a call allows it.
+    Returns (output, h_n, c_n, h_all, c_all), None for what there is not.
     """
     h0, c0 = (hx, None) if cell != "lstm" or hx is None else hx
     extended = reset is not None or lengths is not None or all_states
@@ -62,11 +64,17 @@ def run(
         reset = reset.to(x.device)
 
     D = 2 if bidirectional else 1
+    at_once = (packed is not None or num_layers > 1) and in_one_call(
+        route, x, h0, c0, weights, num_layers > 1 and dropout, training, all_states
+    )
+    if at_once and packed is not None and route is SERVED.get(work):
+        output, h_n, c_n = ops.frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset)
+        return output, h_n, c_n if cell == "lstm" else None, None, None
     if num_layers == 1:
         output, h_n, c_n, h_all, c_all = _layer(
             route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states
         )
-    elif in_one_call(route, x, h0, c0, weights, dropout, training, all_states):
+    elif at_once:
         output, h_n, c_n = ops.stack(
             cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, num_layers
         )
@@ -207,9 +215,11 @@ def _permute(t: Tensor | None, dim: int, order: Tensor | None) -> Tensor | None:
     return t if t is None or order is None else t.index_select(dim, order)
 
 
-def run_packed(cell: str, packed, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states):
+def run_packed(
+    cell: str, sequence, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states, packed=None
+):
     """`run` for a PackedSequence whose fields are valid, in the caller's row order throughout."""
-    data, batch_sizes, order, back = packed
+    data, batch_sizes, order, back = sequence
     if hx is not None:
         hx = (_permute(hx[0], 1, order), _permute(hx[1], 1, order)) if cell == "lstm" else _permute(hx, 1, order)
     output, h_n, c_n, h_all, c_all = run(
@@ -227,6 +237,7 @@ def run_packed(cell: str, packed, hx, weights, bias, num_layers, dropout, traini
         None,
         _permute(reset, 1, order),
         all_states,
+        packed,
     )
     return (
         PackedSequence(output, batch_sizes, order, back),

@@ -92,6 +92,10 @@ class Case:
         with torch.no_grad():
             self.gradient = normal(*self.output("fastrnn", self.modules["fastrnn"], self.x, self.hx).shape)
 
+    def freeze(self) -> None:
+        """Adds the contender "frozen": fastrnn with packed weights that are kept, as the peers keep theirs."""
+        self.modules["frozen"] = copy.deepcopy(self.modules["fastrnn"]).freeze()
+
     def contenders(self) -> list[str]:
         return ["torch", "fastrnn", "plain"] if self.done is not None else ["torch", "fastrnn"]
 
@@ -127,7 +131,7 @@ class Case:
     def call(self, name: str, mode: str) -> Callable[[], None]:
         """The call that is timed. Training: forward and backward of a fixed gradient, into empty .grad, as after
         optimizer.zero_grad()."""
-        module = self.modules["torch" if name == "torch" else "fastrnn"]
+        module = self.modules["fastrnn" if name == "plain" else name]
         x, hx, gradient = self.x, self.hx, self.gradient
         turn = self.turns["torch" if name == "torch" else "fastrnn"]
         if mode == "inference":
@@ -303,7 +307,8 @@ def measure(w: Workload, dtype: torch.dtype, seconds: float, peers=(), order: ra
 
 
 def beside(peer, case: Case, seconds: float, order: random.Random) -> dict:
-    """fastrnn and one peer; a peer whose numbers are not torch.nn's is not timed."""
+    """One peer, fastrnn frozen (so that both keep their weights packed) and fastrnn as it is; a peer whose numbers are
+    not torch.nn's is not timed."""
     try:
         contender = peer(case)
         wrong = contender.difference()
@@ -312,11 +317,14 @@ def beside(peer, case: Case, seconds: float, order: random.Random) -> dict:
     if not wrong <= contender.tolerance:
         most = f"at most {contender.tolerance:g} expected"
         return {"left_out": f"its output differs from torch.nn's by {wrong:.1e}, {most}"}
-    times = apart({peer.name: contender.run, "fastrnn": case.call("fastrnn", "inference")}, seconds, order)
+    case.freeze()
+    ours = {name: case.call(name, "inference") for name in ("frozen", "fastrnn")}
+    times = apart({peer.name: contender.run, **ours}, seconds, order)
     steps = case.w.T * case.w.L
     return {
         "times": times,
         "us_per_step": times[peer.name]["median"] * 1e6 / steps,
-        "ratio": times[peer.name]["median"] / times["fastrnn"]["median"],
+        "ratio": times[peer.name]["median"] / times["frozen"]["median"],
+        "ratio_not_frozen": times[peer.name]["median"] / times["fastrnn"]["median"],
         "difference": wrong,
     }

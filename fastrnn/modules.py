@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional
+from fastrnn import functional, ops
+from fastrnn.frozen import Packing, freezable, kept, thaw, undisturbed
 
 _CELL = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
@@ -131,6 +132,36 @@ _DOC = """torch.nn's forward, and what it has not.
     """
 
 
+def _quick(self, input, hx):
+    """A frozen module's plain call, by the shortest way, since one step takes little longer than this; None when there
+    is anything else to the call."""
+    frozen = self._frozen
+    if frozen is None or type(input) is not Tensor or not undisturbed() or not frozen.serves(self):
+        return None
+    shape = input.shape
+    if len(shape) != 3 or shape[2] != self.input_size or not shape[0] or not shape[1] or not frozen.takes(input):
+        return None
+    lstm = self.mode == "LSTM"
+    h0 = c0 = None
+    if hx is not None:
+        layers, B = self.num_layers * (2 if self.bidirectional else 1), shape[not self.batch_first]
+        if not lstm:
+            h0 = hx
+        elif type(hx) is tuple and len(hx) == 2:
+            h0, c0 = hx
+            if type(c0) is not Tensor or c0.shape != (layers, B, self.hidden_size) or not frozen.takes(c0):
+                return None
+        else:
+            return None
+        width = self.proj_size or self.hidden_size
+        if type(h0) is not Tensor or h0.shape != (layers, B, width) or not frozen.takes(h0):
+            return None
+    if self.training and self.dropout and self.num_layers > 1:
+        return None
+    output, h_n, c_n = ops.frozen(frozen.packed, input, h0, c0, self.batch_first)
+    return (output, (h_n, c_n)) if lstm else (output, h_n)
+
+
 def _forward(self, input, hx, positional, reset, lengths, all_states):
     if positional and not torch.onnx.is_in_onnx_export():  # torch.onnx's older exporter passes the defaults like that
         raise TypeError(
@@ -139,6 +170,10 @@ def _forward(self, input, hx, positional, reset, lengths, all_states):
     if all_states is not True and all_states is not False:
         raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
     extended = reset is not None or lengths is not None or all_states
+    if not extended and "_frozen" in self.__dict__:
+        found = _quick(self, input, hx)
+        if found is not None:
+            return found
     call = resolve(self, input, hx)
     if call is None:
         found = _torch_forward(self, input, hx)  # raises, as a rule
@@ -156,12 +191,12 @@ def _forward(self, input, hx, positional, reset, lengths, all_states):
     if packed:
         found = functional.run_packed(
             cell, input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            reset, all_states,
+            reset, all_states, kept(self),
         )  # fmt: skip
     else:
         found = functional.run(
             cell, data, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, None, lengths, reset, all_states,
+            batch_first, None, lengths, reset, all_states, kept(self),
         )  # fmt: skip
     return functional.results(cell, found, unbatched, all_states)
 
@@ -180,11 +215,17 @@ def twin(self: nn.Module, base: type[nn.Module], forward, torch_forward) -> nn.M
         kind = type(base.__name__, (base,), names)
     other = kind.__new__(kind)
     other.__dict__ = dict(self.__dict__)
+    thaw(other)
     if "_flat_weights" in other.__dict__:
         other._flat_weights = list(self._flat_weights)
     return other
 
 
+def _packing(self) -> Packing:
+    return Packing(_CELL[self.mode], _weights(self), self._flat_weights_names, self.bidirectional, self.num_layers)
+
+
+@freezable(_packing)
 class RNN(nn.RNN):
     __doc__ = f"torch.nn.RNN on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.RNN.__doc__}"
 
@@ -195,6 +236,7 @@ class RNN(nn.RNN):
         return twin(self, nn.RNN, RNN.forward, TORCH_FORWARD[nn.RNN])
 
 
+@freezable(_packing)
 class LSTM(nn.LSTM):
     __doc__ = f"torch.nn.LSTM on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.LSTM.__doc__}"
 
@@ -205,6 +247,7 @@ class LSTM(nn.LSTM):
         return twin(self, nn.LSTM, LSTM.forward, TORCH_FORWARD[nn.LSTM])
 
 
+@freezable(_packing)
 class GRU(nn.GRU):
     __doc__ = f"torch.nn.GRU on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.GRU.__doc__}"
 

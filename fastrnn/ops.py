@@ -48,6 +48,8 @@ _layer = torch.ops.fastrnn.layer.default
 _layer_backward = torch.ops.fastrnn.layer_backward.default
 _step = torch.ops.fastrnn.step.default
 _stack = torch.ops.fastrnn.stack.default
+_pack = torch.ops.fastrnn.pack.default
+_frozen = torch.ops.fastrnn.frozen.default
 
 
 def layer(
@@ -115,6 +117,43 @@ def stack(
         RuntimeError: naming the argument, what was expected, what came.
     """
     return _stack(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers)
+
+
+def pack(cell: str, weights: list[Tensor], bidirectional: bool, num_layers: int) -> Tensor:
+    """The weights of all layers as the kernels of the instruction set in use read them, for `frozen`.
+
+    Arguments as for `stack`.
+
+    Returns:
+        uint8 (bytes,), 64-byte aligned. Its layout, and so its size, is the kernels' own affair: not for tracing.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected, what came.
+    """
+    return _pack(cell, weights, bidirectional, num_layers)
+
+
+def frozen(
+    packed: Tensor,
+    input: Tensor,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`stack` with weights that `pack` has packed, of any number of layers; or, with input (B, I), `step`.
+
+    The other arguments and the results as there, except for input and output (B, T, features) with batch_first; one
+    step returns h (B, P), an empty h_n, c (B, H). Not for tracing: the sizes of the results are in the packed bytes
+    alone.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected, what came; also when the instruction set in use is not
+        the one that the weights were packed for.
+    """
+    return _frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset)
 
 
 def step(

@@ -102,7 +102,7 @@ def test_the_model_is_asked_about_the_layer_that_would_run(kind, dtype, monkeypa
     cell, wide, P, threads = kind.lower() + "_tanh" * (kind == "RNN"), dtype == torch.float64, 3 if projected else 7, 2
     torch.set_num_threads(threads)
     x = torch.randn(4, 6, 5, dtype=dtype)
-    expected = [(cell, wide, 6, 4, width, 7, P, 2, threads) for width in (5, 2 * P)]
+    expected = [(cell, wide, 6, 4, width, 7, P, 2, threads, 1, False) for width in (5, 2 * P)]
     packed = nn.utils.rnn.pack_padded_sequence(x, [6, 1, 3, 2], batch_first=True, enforce_sorted=False)
     for input, options in ((x, {}), (packed, {}), (x, {"lengths": torch.tensor([6, 1, 3, 2])})):
         asked.clear()
@@ -114,7 +114,7 @@ def test_the_model_is_asked_about_the_layer_that_would_run(kind, dtype, monkeypa
         asked.clear()
         cell_module = getattr(fastrnn, kind + "Cell")(5, 7, dtype=dtype)
         assert len(fastrnn.explain(cell_module, x[0]).splits) == 1
-        assert asked == [(cell, wide, 1, 6, 5, 7, 7, 1, threads)]
+        assert asked == [(cell, wide, 1, 6, 5, 7, 7, 1, threads, 1, False)]
         assert "layer 0: T = 1, B = 6, I = 5, H = 7: " in str(fastrnn.explain(cell_module, x[0]))
 
 

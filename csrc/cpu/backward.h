@@ -22,7 +22,7 @@ struct BackwardPass {
   const Storage<V> storage{p.dtype};
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, out_blocks = ceil_div(p.P, W), Pp = out_blocks * W;
   const int64_t in_blocks = ceil_div(p.I, W), N = stored_rows(p), tape_h = padded_to_tape_block(p.H);
-  const bool projected = p.weights[0].w_hr != nullptr;
+  const bool projected = p.projected;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
   Split split;
   Packed<V, 1> w_hh[2];  // [G*H, P] for the dh chain

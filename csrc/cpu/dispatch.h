@@ -14,6 +14,10 @@ struct Kernels {
   void (*backward)(const Backward&, const Team&);
   // `count` layers, each with the output of the one before as its input, as choose_wavefront said.
   void (*wavefront)(const Forward* layers, int count, const Wavefront&, const Team&);
+  // Weights that are kept packed (Weights::packed): the bytes for one direction, and packing them. Of the layer, T, B
+  // and x are not asked for.
+  int64_t (*packed_size)(const Layer&);
+  void (*pack)(const Layer&, int direction, void* to);
   // y[i] = function(x[i]): 0 sigmoid, 1 tanh; float or double. For the accuracy tests.
   void (*activation)(int function, Dtype dtype, const void* x, void* y, int64_t n);
   // The work by which this machine's limits are timed, on one thread: 0 `repeats` fma of each of fma_chains vectors,

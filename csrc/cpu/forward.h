@@ -16,17 +16,17 @@ struct ForwardPass {
   const Storage<V> storage{p.dtype};
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, Pp = round_up(p.P, W), N = stored_rows(p);
   const int64_t tape_h = padded_to_tape_block(p.H);
-  const bool projected = p.weights[0].w_hr != nullptr;
+  const bool projected = p.projected, prepacked = p.weights[0].packed != nullptr;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
-  const bool dot = p.T == 1 && p.B <= dot_rows;  // by the whole batch, so that no cut into slices changes bits
+  const bool dot = !prepacked && p.T == 1 && p.B <= dot_rows;  // by the whole batch: no cut into slices changes bits
   Split split;
   Packed<V, G> w_ih[2], w_hh[2];
   Packed<V, 1> w_hr[2];
-  T* bias_x[2];     // [blocks][G][W], in the order of gates_x
-  T* bias_h[2];     // [X][Hp], the slots that the input does not reach
-  int64_t longest;  // rows of the largest slice
-  int64_t tile;     // rows of one input projection
-  bool once;        // one step of few rows: every group of the weights is used once, and packed there and then
+  T* bias_x[2];       // [blocks][G][W], in the order of gates_x
+  T* bias_h[2];       // [X][Hp], the slots that the input does not reach
+  int64_t longest;    // rows of the largest slice
+  int64_t tile;       // rows of one input projection
+  bool once = false;  // one step of few rows: every group of the weights is used once, and packed there and then
   bool folded;
 
   // Of one slice in one direction, shared by its parts.
@@ -68,6 +68,20 @@ struct ForwardPass {
     prepare(int64_t(0));
   }
   void advance(int64_t begin, int64_t end) { advance(workers[0], 0, begin, end); }
+
+  // For weights that are kept packed: the bytes of one direction, and packing it into `memory`.
+  int64_t packed_size() {
+    Carve carve{nullptr};
+    take_weights(carve, 0);
+    return carve.used;
+  }
+  void pack_direction(int d, char* memory) {
+    Carve carve{memory};
+    take_weights(carve, d);
+    Workspace workspace;
+    const int64_t deepest = larger(p.I, larger(p.P, p.H));
+    pack_weights(d, Place(split, 0), static_cast<T*>(workspace.reserve(size_t(W * deepest * int64_t(sizeof(T))))));
+  }
   static void* operator new(size_t, void* at) { return at; }
 
  private:
@@ -87,18 +101,17 @@ struct ForwardPass {
     tile = cache / (blocks * G * W * int64_t(sizeof(T)));
     tile = tile < few ? few : tile > many ? many : tile;
     tile = smaller(tile, longest * p.T);
-    once = p.T == 1 && longest <= tile && split.slices == 1;
+    once = !prepacked && p.T == 1 && longest <= tile && split.slices == 1;
     folded = p.I <= folded_input && !once && !dot;
-    const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
     for (int d = 0; d < p.D; ++d) {
-      w_ih[d] = {matrix(Packed<V, G>::count(p.I, p.H)), p.I, blocks};
-      w_hh[d] = {matrix(Packed<V, G>::count(p.P, p.H)), p.P, blocks};
-      w_hr[d] = {nullptr, p.H, ceil_div(p.P, W)};
-      if (projected) w_hr[d].data = matrix(Packed<V, 1>::count(p.H, p.P));
-      bias_x[d] = carve.take<T>(blocks * G * W);
-      bias_h[d] = carve.take<T>(X * Hp);
+      if (prepacked) {
+        Carve kept{const_cast<char*>(bytes(p.weights[d].packed))};  // read only
+        take_weights(kept, d);
+      } else {
+        take_weights(carve, d);
+      }
     }
-    pack_scratch_size = once || !storage.rounds ? 0 : W * larger(p.I, larger(p.P, p.H));
+    pack_scratch_size = once || prepacked || !storage.rounds ? 0 : W * larger(p.I, larger(p.P, p.H));
     pack_scratch = carve.take<T>(pack_scratch_size * split.workers);
     carve.gap();
     barriers = carve.take<Barrier>(1 + split.directions * split.slices);
@@ -147,6 +160,17 @@ struct ForwardPass {
     layout_size = carve.used;
   }
 
+  // The packed weights of direction d, and its biases. Their places depend on the layer's sizes alone.
+  void take_weights(Carve& carve, int d) {
+    const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
+    w_ih[d] = {matrix(Packed<V, G>::count(p.I, p.H)), p.I, blocks};
+    w_hh[d] = {matrix(Packed<V, G>::count(p.P, p.H)), p.P, blocks};
+    w_hr[d] = {nullptr, p.H, ceil_div(p.P, W)};
+    if (projected) w_hr[d].data = matrix(Packed<V, 1>::count(p.H, p.P));
+    bias_x[d] = carve.take<T>(blocks * G * W);
+    bias_h[d] = carve.take<T>(X * Hp);
+  }
+
   Source source_ih(int d) const { return {p.weights[d].w_ih, p.I, p.H, p.H, true, {0, 1, 2, 3}}; }
   Source source_hh(int d) const {
     const int* gate = Cell::hidden_gate;
@@ -184,14 +208,17 @@ struct ForwardPass {
     T* scratch = pack_scratch + worker * pack_scratch_size;
     for (int d = 0; d < p.D; ++d) {
       if (split.directions == 2 && d != place.direction) continue;
-      if (place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
-      if (!once) {
-        pack_share(w_ih[d], source_ih(d), storage, split, place, scratch);
-        pack_share(w_hh[d], source_hh(d), storage, split, place, scratch);
-        if (projected) pack_share(w_hr[d], source_hr(d), storage, split, place, scratch);
-      }
+      if (!prepacked) pack_weights(d, place, scratch);
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
     }
+  }
+
+  void pack_weights(int d, const Place& place, T* scratch) {
+    if (place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
+    if (once) return;
+    pack_share(w_ih[d], source_ih(d), storage, split, place, scratch);
+    pack_share(w_hh[d], source_hh(d), storage, split, place, scratch);
+    if (projected) pack_share(w_hr[d], source_hr(d), storage, split, place, scratch);
   }
 
   void pack_bias(const Weights& w, T* to_x, T* to_h) {

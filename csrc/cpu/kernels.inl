@@ -66,6 +66,27 @@ void run_wavefront(const Forward* layers, int count, const Wavefront& wave, cons
              [&](auto cell, auto v) { StackPass<decltype(cell), decltype(v)>{layers, count, wave}.run(team); });
 }
 
+// A pass over no steps, for what depends on the sizes of the weights alone.
+template <class F>
+void with_weights(const Layer& layer, const F& f) {
+  Forward problem;
+  static_cast<Layer&>(problem) = layer;
+  with_types(layer, [&](auto cell, auto v) {
+    ForwardPass<decltype(cell), decltype(v)> pass(problem);
+    f(pass);
+  });
+}
+
+int64_t run_packed_size(const Layer& layer) {
+  int64_t size = 0;
+  with_weights(layer, [&](auto& pass) { size = pass.packed_size(); });
+  return size;
+}
+
+void run_pack(const Layer& layer, int direction, void* to) {
+  with_weights(layer, [&](auto& pass) { pass.pack_direction(direction, static_cast<char*>(to)); });
+}
+
 template <class V>
 void activate(int function, const void* from, void* to, int64_t n) {
   using T = typename V::T;
@@ -93,6 +114,8 @@ const Kernels table = {FASTRNN_NAME(FASTRNN_NAMESPACE),
                        run_forward,
                        run_backward,
                        run_wavefront,
+                       run_packed_size,
+                       run_pack,
                        run_activation,
                        run_limit};
 

@@ -122,7 +122,9 @@ Split choose_split(const Layer& p, const CellTraits& cell, int threads, int lane
         step_cost(p, cell, std::ceil(B / slices), std::ceil(blocks / group / parts) * group, parts, lanes, value_bytes);
     const int workers = directions * slices * parts;
     const double weights = double(cell.gates) * double(p.H) * double(p.I + p.P) * value_bytes * 1e-3;  // a direction's
-    const double packing = weights / (slices * parts) / pack_gbs + weights / parts * (1 - 1.0 / slices) / share_gbs;
+    const bool kept = p.weights[0].packed;
+    const double packing =
+        kept ? 0 : weights / (slices * parts) / pack_gbs + weights / parts * (1 - 1.0 / slices) / share_gbs;
     return Cost{(step.us * T + packing) * p.D / directions + (workers > 1 ? start_us : 0), step.limit};
   };
   Split best;

@@ -4,7 +4,8 @@
 //   driver gradient       every gradient against central differences in double, every cell and tier
 //   driver layers [N]     N random layers (ragged, packed, reset, projected, 16-bit): exact-size buffers filled with
 //                         garbage, finite results, tiers agree, one thread and many give the same bits however the work
-//                         is shared out; and N/2 stacks of layers, one by one and as a wavefront
+//                         is shared out, as do weights that are kept packed; and N/2 stacks of layers, one by one and
+//                         as a wavefront
 // Exits 0 when all holds; else says what failed and exits 1.
 #include <algorithm>
 #include <cmath>
@@ -187,13 +188,13 @@ double value(const Buffer& b, Dtype dtype, int64_t i) {
 struct Case {
   CellTraits cell;
   Layer layer;
-  bool projected = false, all_states = false;
+  bool all_states = false;
   Buffer x, h0, c0, reset, weights[2][5], dy, dh_n, dc_n, dh_all, dc_all;
   std::vector<int64_t> lengths, first_row, steps_above, order;
   int64_t rows = 0;    // of x and y: stored rows when packed
   int64_t stored = 0;  // of the tape
 
-  int64_t tape() const { return tape_width(cell, layer.H, layer.P, projected); }
+  int64_t tape() const { return tape_width(cell, layer.H, layer.P, layer.projected); }
   Dtype compute() const { return layer.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 };
 
@@ -212,8 +213,8 @@ Case random_case(bool tiny) {
   p.H = integer(1, tiny ? 5 : 70);
   p.P = p.H;
   p.D = int(integer(1, 2));
-  c.projected = c.cell.has_c && p.H > 1 && integer(0, 2) == 0;
-  if (c.projected) p.P = integer(1, p.H - 1);
+  p.projected = c.cell.has_c && p.H > 1 && integer(0, 2) == 0;
+  if (p.projected) p.P = integer(1, p.H - 1);
   const bool ragged = integer(0, 1), packed = ragged && integer(0, 1);
   if (ragged) {
     for (int64_t b = 0; b < p.B; ++b) c.lengths.push_back(integer(packed ? 1 : 0, p.T));
@@ -256,7 +257,7 @@ Case random_case(bool tiny) {
     w[0] = random_values(dt, GH * p.I, scale);
     w[1] = random_values(dt, GH * p.P, scale);
     if (bias) w[2] = random_values(dt, GH, scale), w[3] = random_values(dt, GH, scale);
-    if (c.projected) w[4] = random_values(dt, p.P * p.H, scale);
+    if (p.projected) w[4] = random_values(dt, p.P * p.H, scale);
     p.weights[d] = {w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data()};
   }
   if (integer(0, 1)) {
@@ -311,7 +312,7 @@ Results run(const Kernels& k, Case& c, const Team& team) {
                            DB * p.P * s,
                            has_c ? DB * p.H * s : 0};
   const int64_t weights[] = {GH * p.I * w, GH * p.P * w, bias ? GH * w : 0, bias ? GH * w : 0,
-                             c.projected ? p.P * p.H * w : 0};
+                             p.projected ? p.P * p.H * w : 0};
   for (int i = 0; i < Results::COUNT; ++i) {
     const int64_t k = i - Results::WEIGHTS;
     r.buffers.emplace_back(k < 0 ? sizes[i] : k / 5 < p.D ? weights[k % 5] : 0);
@@ -365,6 +366,26 @@ std::string describe(const Case& c) {
   return text;
 }
 
+// Weights that are kept packed: the same bits forward, but for one step of few rows, which is else summed otherwise.
+void test_kept(const Kernels& k, Case& c, const Results& expected) {
+  Layer& p = c.layer;
+  const int64_t size = k.packed_size(p);
+  std::vector<void*> kept;
+  for (int d = 0; d < p.D; ++d) {
+    kept.push_back(std::aligned_alloc(64, size_t(size)));
+    std::memset(kept.back(), 0x7f, size_t(size));
+    k.pack(p, d, kept.back());
+  }
+  for (int d = 0; d < p.D; ++d) p.weights[d].packed = kept[size_t(d)];
+  const Results found = run(k, c, threads(int(integer(1, 4))));
+  for (int d = 0; d < p.D; ++d) p.weights[d].packed = nullptr;
+  for (void* block : kept) std::free(block);
+  if (p.T == 1 && p.B <= 4) return;
+  for (int b = 0; b < Results::DX; ++b)
+    EXPECT(expected.buffers[size_t(b)].bytes == found.buffers[size_t(b)].bytes,
+           "%s result %d: kept weights change bits: %s", k.isa, b, describe(c).c_str());
+}
+
 void test_layers(int64_t n) {
   const Kernels* tables[8];
   const int count = available(tables);
@@ -377,6 +398,7 @@ void test_layers(int64_t n) {
       force_split(splits[integer(0, 3)]);
       Results many = run(*tables[k], c, threads(int(integer(2, 6))));
       force_split("");
+      test_kept(*tables[k], c, one);
       for (int b = 0; b < Results::COUNT; ++b) {
         const size_t at = size_t(b);
         EXPECT(one.buffers[at].bytes == many.buffers[at].bytes, "%s result %d: threads change bits: %s", tables[k]->isa,
