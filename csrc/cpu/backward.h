@@ -307,7 +307,8 @@ struct BackwardPass {
     const bool any = from >= 0 && from < p.T;
     const int64_t carried = any ? w.slice.active(p, from) : 0;
     find_rows(w, s, k, from, carried);
-    over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
+    const bool back = split.alternate && (t & 1) && carried == 1;
+    over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, back, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = nullptr;
       if (carried) group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));

@@ -270,19 +270,24 @@ struct ForwardPass {
     const State& state;
     int64_t final;    // rows from here on end with this step
     const bool* cut;  // null: no row's next step starts from zero
+    bool back;        // whether to go through the groups from the last to the first (Split::alternate)
   };
 
   Step step_at(const Worker& w, int d, int64_t q) const {
     const int64_t t = d ? p.T - 1 - q : q, now = w.slice.active(p, t);
     const State& s = w.states[d];
+    const bool two_pairs = w.last - w.first >= 4 * Packed<V, G>::U && !once && !dot;  // else nothing changes places
     const bool last = q + 1 == p.T;
     return {d,
             t,
             s.h[q & 1],
             s.h[~q & 1],
             s,
-            last ? 0 : d ? now : w.slice.active(p, t + 1),
-            p.reset && !last ? w.cut : nullptr};
+            last ? 0
+            : d  ? now
+                 : w.slice.active(p, t + 1),
+            p.reset && !last ? w.cut : nullptr,
+            split.alternate && (q & 1) && two_pairs};
   }
 
   void advance(Worker& w, int d, int64_t begin, int64_t end) {
@@ -363,15 +368,10 @@ struct ForwardPass {
   // Rows [begin, end) of one step, this worker's hidden units.
   void step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) {
     constexpr int U = Packed<V, G>::U;
+    if (s.back && end - begin == 1) return step_back(w, s, begin, gates_x);
     int64_t first = w.first;
     if (end - begin == 1 && !once && !dot)
-      for (; first + 2 * U <= w.last; first += 2 * U) {
-        V sum[2][U * G];
-        const T* group = w_hh[s.d].data + first * G * W * p.P;
-        product_of_pair(sum, s.h + begin * Pp, group, U * G * W * p.P, p.P);
-        apply<U>(w, s, begin, begin, first, sum[0], gates_x);
-        apply<U>(w, s, begin, begin, first + U, sum[1], gates_x);
-      }
+      for (; first + 2 * U <= w.last; first += 2 * U) step_pair(w, s, begin, first, gates_x);
     const Source source = source_hh(s.d);
     over_groups<U>(first, w.last, [&](auto u, int64_t block) {
       constexpr int blocks = decltype(u)::value;
@@ -386,6 +386,28 @@ struct ForwardPass {
         for (int r = 0; r < M; ++r) apply<blocks>(w, s, begin, i + r, block, sum[r], gates_x);
       });
     });
+  }
+
+  // One row, two neighbouring groups from `block` on.
+  FASTRNN_MEMBER void step_pair(const Worker& w, const Step& s, int64_t row, int64_t block, const T* gates_x) const {
+    constexpr int U = Packed<V, G>::U;
+    V sum[2][U * G];
+    product_of_pair(sum, s.h + row * Pp, w_hh[s.d].data + block * G * W * p.P, U * G * W * p.P, p.P);
+    apply<U>(w, s, row, row, block, sum[0], gates_x);
+    apply<U>(w, s, row, row, block + U, sum[1], gates_x);
+  }
+
+  // One row, from the last group to the first: the same sums.
+  __attribute__((noinline)) void step_back(const Worker& w, const Step& s, int64_t row, const T* gates_x) const {
+    constexpr int U = Packed<V, G>::U;
+    int64_t first = w.first + (w.last - w.first) / (2 * U) * (2 * U);
+    over_groups<U>(first, w.last, [&](auto u, int64_t block) {
+      constexpr int blocks = decltype(u)::value;
+      V sum[1][blocks * G];
+      product(sum, s.h + row * Pp, Pp, w_hh[s.d].data + block * G * W * p.P, p.P);
+      apply<blocks>(w, s, row, row, block, sum[0], gates_x);
+    });
+    while ((first -= 2 * U) >= w.first) step_pair(w, s, row, first, gates_x);
   }
 
   // The cell for row i and the `count` unit blocks of a group, from the sums of the recurrent product.

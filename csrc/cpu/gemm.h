@@ -206,6 +206,14 @@ FASTRNN_INLINE void over_even_rows(int64_t begin, int64_t n, const F& f) {
 }
 
 // Calls f(Int<N>, block) for each group of N <= U blocks: whole groups of U, then the rest, in [block, end).
+// back: the whole groups from the last to the first.
+template <int U, class F>
+FASTRNN_INLINE void over_groups(int64_t block, int64_t end, bool back, const F& f) {
+  const int64_t whole = (end - block) / U;
+  for (int64_t i = 0; i < whole; ++i) f(Int<U>{}, block + (back ? whole - 1 - i : i) * U);
+  if constexpr (U > 1) over_groups<(U > 2 ? 2 : 1)>(block + whole * U, end, f);
+}
+
 template <int U, class F>
 FASTRNN_INLINE void over_groups(int64_t block, int64_t end, const F& f) {
   for (; block + U <= end; block += U) f(Int<U>{}, block);

@@ -151,6 +151,11 @@ Split choose_split(const Layer& p, const CellTraits& cell, int threads, int lane
     consider(side_by_side, wanted == 2 ? int(std::min<int64_t>(share, p.B)) : 1,
              wanted == 3 ? std::min(share, most_parts) : 1, true);
   }
+  // Measured: worth it where a cache holds a good part of the weights but not all of them.
+  const double vectors = std::ceil(blocks / best.parts);
+  const double read = double(cell.gates) * vectors * lanes * double(p.P) * value_bytes;
+  const bool partly = (read > 1.25 * l1_bytes && read < 3 * l1_bytes) || read > 0.8 * l2_bytes();
+  best.alternate = partly && vectors >= 2 * group;
   best.limit = cost.limit;
   best.us = cost.us;
   return best;

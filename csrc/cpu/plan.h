@@ -9,10 +9,14 @@ namespace fastrnn {
 // The recurrence is cut three ways: directions (side by side, or one after the other by the same workers), slices of
 // the batch's rows (which never wait for each other) and parts of the hidden units (which meet at a barrier each step).
 struct Split {
-  int workers = 1;         // all of them: for what is not recurrent
-  int directions = 1;      // run side by side
-  int slices = 1;          // of the rows, in each direction
-  int parts = 1;           // of the hidden units, in each slice
+  int workers = 1;     // all of them: for what is not recurrent
+  int directions = 1;  // run side by side
+  int slices = 1;      // of the rows, in each direction
+  int parts = 1;       // of the hidden units, in each slice
+  // Whether every other step of a single row goes through the hidden units from the last to the first: the
+  // weights read last, which the cache still holds, are read first. The price is that the step after such a one begins
+  // with the units finished last.
+  bool alternate = false;
   const char* limit = "";  // what bounds a step, by the model
   double us = 0;           // how long the layer takes, by the model
 
