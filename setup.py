@@ -31,6 +31,8 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-wid
 ISAS = {"scalar": ""}
 if X86:
     ISAS |= {"avx2": AVX2, "avx512": AVX512}
+# What these libraries hold under names of their own: avx512's has a second table of kernels (csrc/cpu/operand.h).
+TIERS = [*ISAS, *(["avx512_bf16"] if X86 else [])]
 
 FLAGS = (
     "-std=c++17 -O3 -g0 -DNDEBUG -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -Wall -Wextra"
@@ -80,7 +82,7 @@ def write_ninja(folder, version):
     module_flags = [
         f"-isystem '{headers['pybind11']}' -isystem '{headers['py']}'",
         f'-DFASTRNN_VERSION=\\"{version}\\" -DFASTRNN_TORCH=\\"{torch.__version__}\\"',
-        f'-DFASTRNN_ISAS=\\"{",".join(ISAS)}\\"',
+        f'-DFASTRNN_ISAS=\\"{",".join(TIERS)}\\"',
     ]
 
     # torch is loaded before us, so no library path is recorded. libtorch itself is needed only for what it brings into

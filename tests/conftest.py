@@ -187,6 +187,15 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+def pytest_collection_modifyitems(config, items):
+    """avx512_bf16 differs from avx512 in bfloat16 alone: of tests that go through the tiers, it runs those of that
+    dtype (their names tell)."""
+    through_tiers = [item for item in items if hasattr(item, "callspec") and "isa" in item.callspec.params]
+    left_out = {i for i in through_tiers if i.callspec.params["isa"] == "avx512_bf16" and "bfloat16" not in i.name}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture
 def rule():
     return Rule()

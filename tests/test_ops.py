@@ -56,6 +56,20 @@ def backward_arguments(a, missing=()):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_weights_that_begin_anywhere(dtype, isa):
+    """Views into one buffer, an odd number of values from its start: not aligned to more than a value."""
+    for I in (2, 3, 6):
+        a = arguments("gru", dtype, I=I, H=18)
+        expected = LAYER(*a.values())
+        views = []
+        for w in a["weights"]:
+            buffer = torch.empty(w.numel() + 1, dtype=dtype)
+            views.append(buffer[1:].view(w.shape).copy_(w))
+        for mine, other in zip(LAYER(*(a | {"weights": views}).values())[:2], expected):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
 def test_opcheck(cell, option, dtype):

@@ -246,13 +246,13 @@ struct BackwardPass {
     for (int d = 0; d < p.D; ++d) {
       if (p.dx.data && !once) {
         const int64_t groups = group_count(w_ih[d]);
-        pack(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
-             share_of(groups, worker + 1, split.workers), unused);
+        pack<Singles<V>>(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
+                         share_of(groups, worker + 1, split.workers), unused);
       }
       if (w.idle || (split.directions == 2 && d != place.direction)) continue;
       if (!once) {
-        pack_share(w_hh[d], source_hh(d), storage, split, place, unused);
-        if (projected) pack_share(w_hr[d], source_hr(d), storage, split, place, unused);
+        pack_share<Singles<V>>(w_hh[d], source_hh(d), storage, split, place, unused);
+        if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, unused);
       }
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
     }
@@ -264,11 +264,11 @@ struct BackwardPass {
   void load_states(const Worker& w, int d, int64_t i) {
     const State& s = w.states[d];
     const int64_t b = row_of(p, w.slice.rank(i));
-    load_row(p, storage, p.dh_n, d, b, p.P, Pp, s.dh_n + i * Pp);
-    load_row(p, storage, p.h0, d, b, p.P, Pp, s.h0 + i * Pp);
+    load_row<Singles<V>>(p, storage, p.dh_n, d, b, p.P, Pp, s.dh_n + i * Pp);
+    load_row<Singles<V>>(p, storage, p.h0, d, b, p.P, Pp, s.h0 + i * Pp);
     if (Cell::has_c) {
-      load_row(p, storage, p.dc_n, d, b, p.H, Hp, s.dc + i * Hp);
-      load_row(p, storage, p.c0, d, b, p.H, Hp, s.c0 + i * Hp);
+      load_row<Singles<V>>(p, storage, p.dc_n, d, b, p.H, Hp, s.dc + i * Hp);
+      load_row<Singles<V>>(p, storage, p.c0, d, b, p.H, Hp, s.c0 + i * Hp);
     }
     if (length_of(p, b)) return;  // no step will write their gradients
     if (p.dh0) storage.narrow(s.dh_n + i * Pp, bytes(p.dh0) + (d * p.B + b) * p.P * storage.size, p.P);
@@ -311,7 +311,8 @@ struct BackwardPass {
     over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, back, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = nullptr;
-      if (carried) group = group_at(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+      if (carried)
+        group = group_at<Singles<V>>(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_even_rows<tile_rows<U>>(0, carried, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
@@ -392,11 +393,12 @@ struct BackwardPass {
     const Step s = step_at(w, d, k, t);
     over_groups<Packed<V, 1>::U>(w.first, w.last, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
-      const T* group = group_at(w_hr[d], source_hr(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+      const T* group =
+          group_at<Singles<V>>(w_hr[d], source_hr(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_rows<tile_rows<U>>(0, s.now, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
-        product(sum, s.state.dh + i * Pp, Pp, group, p.P);
+        product<Singles<V>>(sum, s.state.dh + i * Pp, Pp, group, p.P);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) through_cell(w, s, i + r, block + v, sum[r][v]);
       });
@@ -526,7 +528,8 @@ struct BackwardPass {
     const Storage<V> out(p.dx_is_compute && p.dtype != Dtype::f64 ? Dtype::f32 : p.dtype);
     over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
-      const T* group = group_at(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+      const T* group =
+          group_at<Singles<V>>(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_even_rows<tile_rows<U>>(0, count, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];

@@ -21,9 +21,10 @@ bool runs_here(const char* isa) {
   // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (!std::strcmp(isa, "avx2")) return avx2;
-  if (!std::strcmp(isa, "avx512"))
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!std::strcmp(isa, "avx512")) return avx512;
+  if (!std::strcmp(isa, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return !std::strcmp(isa, "scalar");
 }
@@ -68,6 +69,7 @@ FASTRNN_EXPORT int available(const Kernels** out) {
 #ifdef FASTRNN_X86
       &avx2::table,
       &avx512::table,
+      &avx512::table_bf16,
 #endif
   };
   int n = 0;

@@ -7,7 +7,7 @@
 namespace fastrnn {
 
 struct Kernels {
-  const char* isa;  // "scalar", "avx2", "avx512"
+  const char* isa;  // "scalar", "avx2", "avx512", "avx512_bf16"
   int float_lanes;  // floats per vector
   int fma_chains;   // vectors that limit(0, ...) works on
   void (*forward)(const Forward&, const Team&);
@@ -34,7 +34,8 @@ extern const Kernels table;
 }
 namespace avx512 {
 extern const Kernels table;
-}
+extern const Kernels table_bf16;  // with the instruction for pairs of bfloat16
+}  // namespace avx512
 #endif
 
 // The tables this machine can run, narrowest first; returns how many (out holds up to 8).

@@ -6,7 +6,9 @@
 // waiting for the others; the parts of the hidden units of a slice meet after each step. The state is double-buffered,
 // so a step needs no second barrier. In 16-bit storage h is rounded once per step; everything else stays float.
 
-template <class Cell, class V>
+// O says what the products of the input and of the state with the weights multiply (operand.h); a projection multiplies
+// single values.
+template <class Cell, class V, class O = Singles<V>>
 struct ForwardPass {
   using T = typename V::T;
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
@@ -15,6 +17,7 @@ struct ForwardPass {
   const Forward& p;
   const Storage<V> storage{p.dtype};
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, Pp = round_up(p.P, W), N = stored_rows(p);
+  const int64_t Iw = O::words(p.I), Pw = O::words(p.P), row_w = O::words(Pp);
   const int64_t tape_h = padded_to_tape_block(p.H);
   const bool projected = p.projected, prepacked = p.weights[0].packed != nullptr;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
@@ -31,7 +34,7 @@ struct ForwardPass {
 
   // Of one slice in one direction, shared by its parts.
   struct State {
-    T* h[2];   // [rows][Pp] the state that enters even, odd steps
+    T* h[2];   // [rows][Pp] as words: the state that enters even, odd steps
     T* h_raw;  // [rows][Hp] before a projection
     T* c;      // [rows][Hp]
   };
@@ -120,7 +123,7 @@ struct ForwardPass {
     for (int i = 0; i < split.slices * p.D; ++i) {
       State s;
       carve.gap();
-      for (T*& h : s.h) h = carve.take<T>(longest * Pp);
+      for (T*& h : s.h) h = carve.take<T>(longest * row_w);
       s.h_raw = projected ? carve.take<T>(longest * Hp) : nullptr;
       s.c = carve.take<T>(Cell::has_c ? longest * Hp : 0);
       if (memory) states[i] = s;
@@ -146,7 +149,7 @@ struct ForwardPass {
       w.last = first_block(w_hh[0], place.part + 1, split.parts);
       w.first_out = first_block(w_hr[0], place.part, split.parts);
       w.last_out = first_block(w_hr[0], place.part + 1, split.parts);
-      w.x = carve.take<T>((folded ? longest : tile) * p.I);
+      w.x = carve.take<T>((folded ? longest : tile) * Iw);
       w.gates_x = carve.take<T>(folded ? 0 : tile * (w.last - w.first) * G * W);
       w.offset = carve.take<int64_t>(tile);
       const int64_t deepest = once || dot ? larger(p.I, larger(p.P, p.H)) : 0;
@@ -163,8 +166,8 @@ struct ForwardPass {
   // The packed weights of direction d, and its biases. Their places depend on the layer's sizes alone.
   void take_weights(Carve& carve, int d) {
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
-    w_ih[d] = {matrix(Packed<V, G>::count(p.I, p.H)), p.I, blocks};
-    w_hh[d] = {matrix(Packed<V, G>::count(p.P, p.H)), p.P, blocks};
+    w_ih[d] = {matrix(Packed<V, G>::count(Iw, p.H)), Iw, blocks};
+    w_hh[d] = {matrix(Packed<V, G>::count(Pw, p.H)), Pw, blocks};
     w_hr[d] = {nullptr, p.H, ceil_div(p.P, W)};
     if (projected) w_hr[d].data = matrix(Packed<V, 1>::count(p.H, p.P));
     bias_x[d] = carve.take<T>(blocks * G * W);
@@ -216,9 +219,9 @@ struct ForwardPass {
   void pack_weights(int d, const Place& place, T* scratch) {
     if (place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
     if (once) return;
-    pack_share(w_ih[d], source_ih(d), storage, split, place, scratch);
-    pack_share(w_hh[d], source_hh(d), storage, split, place, scratch);
-    if (projected) pack_share(w_hr[d], source_hr(d), storage, split, place, scratch);
+    pack_share<O>(w_ih[d], source_ih(d), storage, split, place, scratch);
+    pack_share<O>(w_hh[d], source_hh(d), storage, split, place, scratch);
+    if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, scratch);
   }
 
   void pack_bias(const Weights& w, T* to_x, T* to_h) {
@@ -246,17 +249,17 @@ struct ForwardPass {
   void load_states(const Worker& w, int d, int64_t i) {
     const State& s = w.states[d];
     const int64_t b = row_of(p, w.slice.rank(i));
-    T* h = s.h[0] + i * Pp;
-    load_row(p, storage, p.h0, d, b, p.P, Pp, h);
-    if (Cell::has_c) load_row(p, storage, p.c0, d, b, p.H, Hp, s.c + i * Hp);
+    T* h = s.h[0] + i * row_w;
+    load_row<O>(p, storage, p.h0, d, b, p.P, Pp, h);
+    if (Cell::has_c) load_row<Singles<V>>(p, storage, p.c0, d, b, p.H, Hp, s.c + i * Hp);
     if (length_of(p, b) == 0) {  // no step will write them
-      storage.narrow(h, bytes(p.h_n) + (d * p.B + b) * p.P * storage.size, p.P);
+      O::write(storage, h, bytes(p.h_n) + (d * p.B + b) * p.P * storage.size, p.P);
       if (Cell::has_c) storage.narrow(s.c + i * Hp, bytes(p.c_n) + (d * p.B + b) * p.H * storage.size, p.H);
     } else if (d == 0 && is_cut(p, 0, 0, b)) {
-      zero(h, Pp);
+      zero(h, row_w);
       if (Cell::has_c) zero(s.c + i * Hp, Hp);
     }
-    __builtin_memcpy(s.h[1] + i * Pp, h, size_t(Pp) * sizeof(T));
+    __builtin_memcpy(s.h[1] + i * row_w, h, size_t(row_w) * sizeof(T));
   }
 
   // ------------------------------------------------------------------------------------------------------- one step
@@ -334,11 +337,11 @@ struct ForwardPass {
   int64_t gather_x(const Worker& w, int64_t t, int64_t begin, int64_t end, int64_t rows) {
     for (int64_t i = begin; i < end; ++i) {
       const char* from = bytes(p.x.data) + row_offset(p, p.x, t, row_of(p, w.slice.rank(i))) * storage.size;
-      T* to = w.x + (rows++) * p.I;
+      T* to = w.x + (rows++) * Iw;
       if (folded && !storage.rounds)
         for (int64_t k = 0; k < p.I; ++k) to[k] = reinterpret_cast<const T*>(from)[k];
       else
-        storage.widen(from, to, p.I);
+        O::read(storage, from, to, p.I);
     }
     return rows;
   }
@@ -350,14 +353,14 @@ struct ForwardPass {
     over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value, N = U * G;
       const T* bias = bias_x[d] + block * G * W;
-      const T* group = dot ? nullptr : group_at(w_ih[d], source, storage, block, U, w.panel, w.scratch);
+      const T* group = dot ? nullptr : group_at<O>(w_ih[d], source, storage, block, U, w.panel, w.scratch);
       over_rows<tile_rows<N>>(0, rows, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][N];
         if (dot)
-          dot_group<G>(sum, w.x + i * p.I, p.I, source, storage, p.I, block, w.scratch);
+          dot_group<O, G>(sum, w.x + i * Iw, Iw, source, storage, block, w.scratch);
         else
-          product(sum, w.x + i * p.I, p.I, group, p.I);
+          product<O>(sum, w.x + i * Iw, Iw, group, Iw);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < N; ++v)
             (sum[r][v] + V::load(bias + v * W)).store(w.gates_x + (i + r) * ld + ((block - w.first) * G + v) * W);
@@ -375,14 +378,14 @@ struct ForwardPass {
     const Source source = source_hh(s.d);
     over_groups<U>(first, w.last, [&](auto u, int64_t block) {
       constexpr int blocks = decltype(u)::value;
-      const T* group = dot ? nullptr : group_at(w_hh[s.d], source, storage, block, blocks, w.panel, w.scratch);
+      const T* group = dot ? nullptr : group_at<O>(w_hh[s.d], source, storage, block, blocks, w.panel, w.scratch);
       over_even_rows<tile_rows<blocks * G>>(begin, end, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][blocks * G];
         if (dot)
-          dot_group<G>(sum, s.h + i * Pp, Pp, source, storage, p.P, block, w.scratch);
+          dot_group<O, G>(sum, s.h + i * row_w, row_w, source, storage, block, w.scratch);
         else
-          product(sum, s.h + i * Pp, Pp, group, p.P);
+          product<O>(sum, s.h + i * row_w, row_w, group, Pw);
         for (int r = 0; r < M; ++r) apply<blocks>(w, s, begin, i + r, block, sum[r], gates_x);
       });
     });
@@ -392,7 +395,7 @@ struct ForwardPass {
   FASTRNN_MEMBER void step_pair(const Worker& w, const Step& s, int64_t row, int64_t block, const T* gates_x) const {
     constexpr int U = Packed<V, G>::U;
     V sum[2][U * G];
-    product_of_pair(sum, s.h + row * Pp, w_hh[s.d].data + block * G * W * p.P, U * G * W * p.P, p.P);
+    product_of_pair<O>(sum, s.h + row * row_w, w_hh[s.d].data + block * G * W * Pw, U * G * W * Pw, Pw);
     apply<U>(w, s, row, row, block, sum[0], gates_x);
     apply<U>(w, s, row, row, block + U, sum[1], gates_x);
   }
@@ -404,7 +407,7 @@ struct ForwardPass {
     over_groups<U>(first, w.last, [&](auto u, int64_t block) {
       constexpr int blocks = decltype(u)::value;
       V sum[1][blocks * G];
-      product(sum, s.h + row * Pp, Pp, w_hh[s.d].data + block * G * W * p.P, p.P);
+      product<O>(sum, s.h + row * row_w, row_w, w_hh[s.d].data + block * G * W * Pw, Pw);
       apply<blocks>(w, s, row, row, block, sum[0], gates_x);
     });
     while ((first -= 2 * U) >= w.first) step_pair(w, s, row, first, gates_x);
@@ -417,12 +420,12 @@ struct ForwardPass {
     const int64_t b = row_of(p, w.slice.rank(i));
     V x[count * G];
     if (folded) {
-      const T* weights = w_ih[s.d].data + block * G * W * p.I;
+      const T* weights = w_ih[s.d].data + block * G * W * Iw;
       for (int v = 0; v < count * G; ++v) x[v] = V::set(0);
-      for (int64_t k = 0; k < p.I; ++k) {
-        const V left = V::set(w.x[i * p.I + k]);
+      for (int64_t k = 0; k < Iw; ++k) {
+        const V left = V::set(w.x[i * Iw + k]);
         for (int v = 0; v < count * G; ++v)
-          x[v] = fma(left, V::load(weights + place_in_group<count * G, V>(p.I, k, v)), x[v]);
+          x[v] = O::multiply_add(left, V::load(weights + place_in_group<count * G, V>(Iw, k, v)), x[v]);
       }
       for (int v = 0; v < count * G; ++v) x[v] = x[v] + V::load(bias_x[s.d] + (block * G + v) * W);
     } else {
@@ -442,7 +445,7 @@ struct ForwardPass {
         else
           a[slot] = x[k * G + slot - X];
       }
-      if (Cell::reads_h) h = V::load(s.h + i * Pp + unit);
+      if (Cell::reads_h) h = O::load(s.h + i * row_w, unit);
       if (Cell::has_c) c = V::load(s.state.c + i * Hp + unit);
       Cell::forward(a, h, c, tape);
       if (Cell::has_c) put_c(s, i, b, unit, c);
@@ -470,7 +473,7 @@ struct ForwardPass {
     h = Storage<V>::store(storage, h, bytes(p.y.data) + (row_offset(p, p.y, s.t, b) + s.d * p.P + unit) * size, n);
     if (p.h_all) Storage<V>::store(storage, h, bytes(p.h_all) + (((s.d * p.T + s.t) * p.B + b) * p.P + unit) * size, n);
     if (i >= s.final) Storage<V>::store(storage, h, bytes(p.h_n) + ((s.d * p.B + b) * p.P + unit) * size, n);
-    (s.cut && s.cut[i] ? V::set(0) : h).store(s.h_new + i * Pp + unit);
+    O::store(s.cut && s.cut[i] ? V::set(0) : h, s.h_new + i * row_w, unit);
     return h;
   }
 
@@ -480,14 +483,14 @@ struct ForwardPass {
     const Source source = source_hr(d);
     over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
-      const T* group = dot ? nullptr : group_at(w_hr[d], source, storage, block, U, w.panel, w.scratch);
+      const T* group = dot ? nullptr : group_at<Singles<V>>(w_hr[d], source, storage, block, U, w.panel, w.scratch);
       over_rows<tile_rows<U>>(0, w.slice.active(p, s.t), [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
         if (dot)
-          dot_group<1>(sum, s.state.h_raw + i * Hp, Hp, source, storage, p.H, block, w.scratch);
+          dot_group<Singles<V>, 1>(sum, s.state.h_raw + i * Hp, Hp, source, storage, block, w.scratch);
         else
-          product(sum, s.state.h_raw + i * Hp, Hp, group, p.H);
+          product<Singles<V>>(sum, s.state.h_raw + i * Hp, Hp, group, p.H);
         for (int r = 0; r < M; ++r) {
           const int64_t rank = w.slice.rank(i + r), b = row_of(p, rank);
           for (int v = 0; v < U; ++v) {

@@ -48,7 +48,7 @@ FASTRNN_INLINE void put(V (&sum)[M][N], int first, const V (&columns)[M][C]) {
 }
 
 // part[m][v] += left(m) * right(v). What there is less of is loaded first, so that sums and operands fit the registers.
-template <int M, int N, class V, class Left, class Right>
+template <class O, int M, int N, class V, class Left, class Right>
 FASTRNN_INLINE void multiply_add(V (&part)[M][N], const Left& left, const Right& right) {
   if constexpr (M < N) {
     V x[M];
@@ -58,7 +58,7 @@ FASTRNN_INLINE void multiply_add(V (&part)[M][N], const Left& left, const Right&
     for (int v = 0; v < N; ++v) {
       const V y = right(v);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) part[m][v] = fma(x[m], y, part[m][v]);
+      for (int m = 0; m < M; ++m) part[m][v] = O::multiply_add(x[m], y, part[m][v]);
     }
   } else {
     V y[N];
@@ -68,7 +68,7 @@ FASTRNN_INLINE void multiply_add(V (&part)[M][N], const Left& left, const Right&
     for (int m = 0; m < M; ++m) {
       const V x = left(m);
 #pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) part[m][v] = fma(x, y[v], part[m][v]);
+      for (int v = 0; v < N; ++v) part[m][v] = O::multiply_add(x, y[v], part[m][v]);
     }
   }
 }
@@ -78,7 +78,7 @@ template <int M, int N, class V>
 FASTRNN_INLINE void accumulate(V (&part)[M][N], const typename V::T* a, int64_t a_row, int64_t a_k,
                                const typename V::T* b, int64_t b_k, int64_t b_vector, int64_t K) {
   for (int64_t k = 0; k < K; ++k)
-    multiply_add(
+    multiply_add<Singles<V>>(
         part, [&](int m) { return V::set(a[m * a_row + k * a_k]); },
         [&](int v) { return V::load(b + k * b_k + v * b_vector); });
 }
@@ -103,8 +103,8 @@ constexpr int tile_rows = N == 3 ? tall_rows_of_three : tall_rows;
 template <int M, int N>
 constexpr int columns_at_once = M * N <= accumulators ? N : panel<N>;
 
-// sum[m][v] = sum over k of a[m * lda + k] * b[k][v], b a packed group.
-template <int M, int N, class V>
+// sum[m][v] = sum over k of a[m * lda + k] * b[k][v], b a packed group; of K words, as O has them.
+template <class O, int M, int N, class V>
 FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda, const typename V::T* b, int64_t K) {
   constexpr int C = columns_at_once<M, N>;
   const int64_t run = run_length(K);
@@ -117,7 +117,7 @@ FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda,
       const int64_t end = smaller(begin + run, K);
       const typename V::T* right = b + place_in_group<N, V>(K, 0, first);
       for (int64_t k = begin; k < end; ++k)
-        multiply_add(
+        multiply_add<O>(
             part, [&](int m) { return V::set(a[m * lda + k]); },
             [&](int v) { return V::load(right + place_in_group<N, V>(K, k, v)); });
       add(columns, part);
@@ -128,7 +128,7 @@ FASTRNN_INLINE void product(V (&sum)[M][N], const typename V::T* a, int64_t lda,
 
 // The same for one row and two neighbouring groups at once: one group alone has too few independent sums to keep the
 // multipliers busy.
-template <int N, class V>
+template <class O, int N, class V>
 FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, const typename V::T* b, int64_t next,
                                     int64_t K) {
   const int64_t run = run_length(K);
@@ -143,7 +143,7 @@ FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, cons
       for (int g = 0; g < 2; ++g)
 #pragma GCC unroll 8
         for (int v = 0; v < N; ++v)
-          part[g][v] = fma(left, V::load(b + g * next + place_in_group<N, V>(K, i, v)), part[g][v]);
+          part[g][v] = O::multiply_add(left, V::load(b + g * next + place_in_group<N, V>(K, i, v)), part[g][v]);
     }
     add(sum, part);
   }
@@ -169,7 +169,7 @@ FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* const
           const int64_t at = (g * blocks + i / W) * a_block, n = smaller(W, end - i);
           const typename V::T* right = b + place_in_group<N, V>(gates * H, g * H + i, first);
           for (int64_t j = 0; j < n; ++j)
-            multiply_add(
+            multiply_add<Singles<V>>(
                 part, [&](int m) { return V::set(a[m][at + j]); },
                 [&](int v) { return V::load(right + place_in_group<N, V>(gates * H, j, v)); });
         }

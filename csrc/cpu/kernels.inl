@@ -31,6 +31,7 @@ constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #include "vec.h"
 #include "team.h"
 #include "storage.h"
+#include "operand.h"
 #include "gemm.h"
 #include "pack.h"
 #include "layer.h"
@@ -53,38 +54,58 @@ void with_types(const Layer& layer, const F& f) {
   });
 }
 
+// Calls f(cell, value, operand) with the types of the forward pass: where `pairs`, bfloat16 is multiplied by pairs.
+template <bool pairs, class F>
+void with_forward_types(const Layer& layer, const F& f) {
+  with_types(layer, [&](auto cell, auto v) {
+    using V = decltype(v);
+#if defined(FASTRNN_ISA_AVX512)
+    if constexpr (pairs && sizeof(typename V::T) == 4)
+      if (layer.dtype == Dtype::bf16) return f(cell, v, Pairs{});
+#endif
+    f(cell, v, Singles<V>{});
+  });
+}
+
+template <bool pairs>
 void run_forward(const Forward& problem, const Team& team) {
-  with_types(problem, [&](auto cell, auto v) { ForwardPass<decltype(cell), decltype(v)>(problem).run(team); });
+  with_forward_types<pairs>(problem, [&](auto cell, auto v, auto o) {
+    ForwardPass<decltype(cell), decltype(v), decltype(o)>(problem).run(team);
+  });
 }
 
 void run_backward(const Backward& problem, const Team& team) {
   with_types(problem, [&](auto cell, auto v) { BackwardPass<decltype(cell), decltype(v)>(problem).run(team); });
 }
 
+template <bool pairs>
 void run_wavefront(const Forward* layers, int count, const Wavefront& wave, const Team& team) {
-  with_types(layers[0],
-             [&](auto cell, auto v) { StackPass<decltype(cell), decltype(v)>{layers, count, wave}.run(team); });
+  with_forward_types<pairs>(layers[0], [&](auto cell, auto v, auto o) {
+    StackPass<decltype(cell), decltype(v), decltype(o)>{layers, count, wave}.run(team);
+  });
 }
 
 // A pass over no steps, for what depends on the sizes of the weights alone.
-template <class F>
+template <bool pairs, class F>
 void with_weights(const Layer& layer, const F& f) {
   Forward problem;
   static_cast<Layer&>(problem) = layer;
-  with_types(layer, [&](auto cell, auto v) {
-    ForwardPass<decltype(cell), decltype(v)> pass(problem);
+  with_forward_types<pairs>(layer, [&](auto cell, auto v, auto o) {
+    ForwardPass<decltype(cell), decltype(v), decltype(o)> pass(problem);
     f(pass);
   });
 }
 
+template <bool pairs>
 int64_t run_packed_size(const Layer& layer) {
   int64_t size = 0;
-  with_weights(layer, [&](auto& pass) { size = pass.packed_size(); });
+  with_weights<pairs>(layer, [&](auto& pass) { size = pass.packed_size(); });
   return size;
 }
 
+template <bool pairs>
 void run_pack(const Layer& layer, int direction, void* to) {
-  with_weights(layer, [&](auto& pass) { pass.pack_direction(direction, static_cast<char*>(to)); });
+  with_weights<pairs>(layer, [&](auto& pass) { pass.pack_direction(direction, static_cast<char*>(to)); });
 }
 
 template <class V>
@@ -104,19 +125,27 @@ void run_activation(int function, Dtype dtype, const void* x, void* y, int64_t n
     activate<f32>(function, x, y, n);
 }
 
+template <bool pairs>
+constexpr Kernels make_table(const char* isa) {
+  return {isa,
+          f32::lanes,
+          fma_chains,
+          run_forward<pairs>,
+          run_backward,
+          run_wavefront<pairs>,
+          run_packed_size<pairs>,
+          run_pack<pairs>,
+          run_activation,
+          run_limit};
+}
+
 }  // namespace
 
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
-const Kernels table = {FASTRNN_NAME(FASTRNN_NAMESPACE),
-                       f32::lanes,
-                       fma_chains,
-                       run_forward,
-                       run_backward,
-                       run_wavefront,
-                       run_packed_size,
-                       run_pack,
-                       run_activation,
-                       run_limit};
+const Kernels table = make_table<false>(FASTRNN_NAME(FASTRNN_NAMESPACE));
+#if defined(FASTRNN_ISA_AVX512)
+const Kernels table_bf16 = make_table<true>(FASTRNN_NAME(FASTRNN_NAMESPACE) "_bf16");
+#endif
 
 }  // namespace fastrnn::FASTRNN_NAMESPACE

@@ -77,14 +77,14 @@ static int64_t first_block(const Packed<V, G>& m, int64_t i, int64_t n) {
 }
 
 // Packs what the worker at `place` has to: the weights of its own part, divided among the slices.
-template <class V, int G>
+template <class O, class V, int G>
 static void pack_share(const Packed<V, G>& m, const Source& source, const Storage<V>& storage, const Split& split,
                        const Place& place, typename V::T* scratch) {
   const int64_t groups = group_count(m);
   const int64_t begin = share_of(groups, place.part, split.parts);
   const int64_t all = share_of(groups, place.part + 1, split.parts) - begin;
-  pack(m, source, storage, begin + share_of(all, place.slice, split.slices),
-       begin + share_of(all, place.slice + 1, split.slices), scratch);
+  pack<O>(m, source, storage, begin + share_of(all, place.slice, split.slices),
+          begin + share_of(all, place.slice + 1, split.slices), scratch);
 }
 
 FASTRNN_INLINE const char* bytes(const void* p) { return static_cast<const char*>(p); }
@@ -95,12 +95,12 @@ FASTRNN_INLINE void zero(T* p, int64_t n) {
   __builtin_memset(p, 0, size_t(n) * sizeof(T));
 }
 
-// Row b of direction d of a [D, B, width] tensor as `padded` values; zero where there is no tensor.
-template <class V>
+// Row b of direction d of a [D, B, width] tensor as words of `padded` values; zero where there is no tensor.
+template <class O, class V>
 static void load_row(const Layer& p, const Storage<V>& storage, const void* from, int d, int64_t b, int64_t width,
                      int64_t padded, typename V::T* to) {
-  zero(to, padded);
-  if (from) storage.widen(bytes(from) + (d * p.B + b) * width * storage.size, to, width);
+  zero(to, O::words(padded));
+  if (from) O::read(storage, bytes(from) + (d * p.B + b) * width * storage.size, to, width);
 }
 
 // One thread carries out f(worker) for its workers [begin, end) and lets everyone catch up.

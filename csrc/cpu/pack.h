@@ -17,7 +17,8 @@ struct Packed {
 };
 
 // Where column c, depth k of a packed matrix comes from. Gate v of unit i reads row block gate[v] of a torch weight.
-//   transposed: element (gate[v] * H + i) * ld + k, a weight row becomes a column (input projection, recurrence)
+//   transposed: element (gate[v] * H + i) * ld + k, a weight row of ld values becomes a column (input projection,
+//   recurrence)
 //   else: element k_row(k) * ld + i, rows stay rows (the dh chain, dx): G is 1, k = s * H + r reads row gate[s] * H + r
 struct Source {
   const void* data;
@@ -89,26 +90,26 @@ static void pack_rows(const Source& from, const Storage<V>& storage, int64_t K, 
   }
 }
 
-// The n rows of a transposed source that are the columns of gate g from `unit` on, widened into scratch (lanes * K
-// values) where the storage is narrower.
-template <class V>
-static void weight_rows(const Source& from, const Storage<V>& storage, int g, int64_t unit, int64_t n, int64_t K,
+// The n rows of a transposed source that are the columns of gate g from `unit` on, as words; by way of scratch (lanes
+// rows) where they are stored otherwise.
+template <class O, class V>
+static void weight_rows(const Source& from, const Storage<V>& storage, int g, int64_t unit, int64_t n,
                         const typename V::T** rows, typename V::T* scratch) {
   using T = typename V::T;
   const char* data = static_cast<const char*>(from.data);
   for (int64_t lane = 0; lane < n; ++lane) {
     const char* row = data + (from.gate[g] * from.H + unit + lane) * from.ld * storage.size;
     rows[lane] = reinterpret_cast<const T*>(row);
-    if (storage.rounds) {
-      storage.widen(row, scratch + lane * K, K);
-      rows[lane] = scratch + lane * K;
-    }
+    if (O::readable(storage, data, from.ld)) continue;
+    T* const copy = scratch + lane * O::words(from.ld);
+    O::read(storage, row, copy, from.ld);
+    rows[lane] = copy;
   }
 }
 
-// Packs the group of `blocks` blocks that begins at block `first` into `group`. scratch: lanes * K values, when the
-// source is transposed and its storage narrower.
-template <class V, int G>
+// Packs the group of `blocks` blocks that begins at block `first` into `group`. scratch: lanes * K words, when the
+// source is transposed and not readable.
+template <class O, class V, int G>
 static void pack_group(const Source& from, const Storage<V>& storage, int64_t K, int64_t first, int64_t blocks,
                        typename V::T* group, typename V::T* scratch) {
   using T = typename V::T;
@@ -122,13 +123,13 @@ static void pack_group(const Source& from, const Storage<V>& storage, int64_t K,
       const int v = int(u * G + g);
       T* out = group + (v / P * K * P + v % P) * W;
       const T* rows[W];
-      weight_rows<V>(from, storage, g, unit, n, K, rows, scratch);
+      weight_rows<O>(from, storage, g, unit, n, rows, scratch);
       pack_columns<V>(rows, n, K, out, P * W);
     }
 }
 
 // Packs groups [begin, end) of a matrix, cut as over_groups cuts it.
-template <class V, int G>
+template <class O, class V, int G>
 static void pack(const Packed<V, G>& to, const Source& from, const Storage<V>& storage, int64_t begin, int64_t end,
                  typename V::T* scratch) {
   constexpr int U = Packed<V, G>::U;
@@ -136,17 +137,17 @@ static void pack(const Packed<V, G>& to, const Source& from, const Storage<V>& s
   const auto at = [&](int64_t block) { return to.data + block * G * V::lanes * to.K; };
   if (!from.transposed) return pack_rows<V>(from, storage, to.K, first, last, at(first));
   over_groups<U>(first, last, [&](auto blocks, int64_t block) {
-    pack_group<V, G>(from, storage, to.K, block, decltype(blocks)::value, at(block), scratch);
+    pack_group<O, V, G>(from, storage, to.K, block, decltype(blocks)::value, at(block), scratch);
   });
 }
 
 // The group that begins at `block`: of the packed matrix, or, when it was not packed because every group is used once,
 // packed now into `panel` (room for a group). Either way the same numbers.
-template <class V, int G>
+template <class O, class V, int G>
 static const typename V::T* group_at(const Packed<V, G>& m, const Source& from, const Storage<V>& storage,
                                      int64_t block, int64_t blocks, typename V::T* panel, typename V::T* scratch) {
   if (m.data) return m.data + block * G * V::lanes * m.K;
-  pack_group<V, G>(from, storage, m.K, block, blocks, panel, scratch);
+  pack_group<O, V, G>(from, storage, m.K, block, blocks, panel, scratch);
   return panel;
 }
 
@@ -156,15 +157,16 @@ constexpr int64_t dot_rows = f32::lanes > 1 ? 4 : 0;
 
 // sum[m][v] = dot product of row m of a with the weight rows that are vector v of the group at block `first`. Lane i of
 // a dot product takes every lanes-th k from i on; the lanes are added as a tree. scratch as for pack_group.
-template <int G, int M, int N, class V>
+template <class O, int G, int M, int N, class V>
 static void dot_group(V (&sum)[M][N], const typename V::T* a, int64_t lda, const Source& from,
-                      const Storage<V>& storage, int64_t K, int64_t first, typename V::T* scratch) {
+                      const Storage<V>& storage, int64_t first, typename V::T* scratch) {
   using T = typename V::T;
+  const int64_t K = O::words(from.ld);
   constexpr int W = V::lanes;
   for (int v = 0; v < N; ++v) {
     const int64_t unit = (first + v / G) * W, n = smaller(W, from.units - unit);
     const T* rows[W];
-    weight_rows<V>(from, storage, v % G, unit, n, K, rows, scratch);
+    weight_rows<O>(from, storage, v % G, unit, n, rows, scratch);
     for (int64_t lane = n; lane < W; ++lane) rows[lane] = rows[0];  // padding: any finite number will do
     for (int m = 0; m < M; ++m) {
       const T* left = a + m * lda;
@@ -175,13 +177,13 @@ static void dot_group(V (&sum)[M][N], const typename V::T* a, int64_t lda, const
       for (; k + W <= K; k += W) {
         const V x = V::load(left + k);
 #pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) part[lane] = fma(V::load(rows[lane] + k), x, part[lane]);
+        for (int lane = 0; lane < W; ++lane) part[lane] = O::multiply_add(V::load(rows[lane] + k), x, part[lane]);
       }
       if (k < K) {
         const int rest = int(K - k);
         const V x = V::load(left + k, rest);
 #pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) part[lane] = fma(V::load(rows[lane] + k, rest), x, part[lane]);
+        for (int lane = 0; lane < W; ++lane) part[lane] = O::multiply_add(V::load(rows[lane] + k, rest), x, part[lane]);
       }
       transpose(part);
 #pragma GCC unroll 4

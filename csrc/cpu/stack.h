@@ -4,9 +4,9 @@
 //
 // Every layer computes what it would compute alone, in the same order: the same bits.
 
-template <class Cell, class V>
+template <class Cell, class V, class O>
 struct StackPass {
-  using Pass = ForwardPass<Cell, V>;
+  using Pass = ForwardPass<Cell, V, O>;
 
   const Forward* layers;
   int count;
