@@ -280,10 +280,10 @@ constexpr char packed_magic[8] = "fastrnn";
 // The header of the argument `packed`, which may be any tensor.
 const PackedHeader& packed_header(const Tensor& packed) {
   const bool bytes = packed.defined() && packed.is_cpu() && dtype_of(packed) == aoti_torch_dtype_uint8() &&
-                     packed.dim() == 1 && packed.is_contiguous() && packed.size(0) >= int64_t(sizeof(PackedHeader));
+                     packed.dim() == 1 && packed.is_contiguous() && packed.size(0) >= int64_t(sizeof(PackedHeader)) &&
+                     reinterpret_cast<uintptr_t>(packed.data_ptr()) % 64 == 0;
   const auto* header = bytes ? static_cast<const PackedHeader*>(packed.data_ptr()) : nullptr;
-  if (!header || std::memcmp(header->magic, packed_magic, sizeof packed_magic) || packed.size(0) != header->bytes() ||
-      reinterpret_cast<uintptr_t>(header) % 64)
+  if (!header || std::memcmp(header->magic, packed_magic, sizeof packed_magic) || packed.size(0) != header->bytes())
     fail("packed: expected what fastrnn::pack returned, got another tensor");
   if (std::strcmp(header->isa, current().isa))
     fail("packed: expected weights packed for ", current().isa, ", got some packed for ", header->isa);
@@ -419,6 +419,9 @@ size_t weights_per_layer(const Arguments& a, int64_t count) {
 
 // A layer above the first differs from it in the width of its input alone.
 void check_alike(const Problem& p, const Problem& first, int64_t k) {
+  if (p.dtype != first.dtype)
+    fail("weights: expected the dtype of the first layer, ", dtype_name(first.dtype), ", in layer ", k, ", got ",
+         dtype_name(p.dtype));
   if (p.layer.H != first.layer.H || p.layer.P != first.layer.P || p.bias != first.bias)
     fail("weights: expected every layer to have the shapes of the first, but for the input's, got H = ", p.layer.H,
          ", P = ", p.layer.P, " in layer ", k, " after H = ", first.layer.H, ", P = ", first.layer.P);

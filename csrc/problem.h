@@ -38,7 +38,7 @@ struct Weights {
   const void* b_ih = nullptr;    // [G*H]
   const void* b_hh = nullptr;    // [G*H]
   const void* w_hr = nullptr;    // [P, H]
-  const void* packed = nullptr;  // what Kernels::pack has made of them, compute dtype, 64-byte aligned
+  const void* packed = nullptr;  // what Kernels::pack has made of them, 64-byte aligned
 };
 
 // One layer with all its directions: what forward and backward have in common.

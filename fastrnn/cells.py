@@ -70,9 +70,8 @@ def resolve(self, cell: str, input, hx):
     return input[None], None if h is None else h[None], None if c is None else c[None], weights
 
 
-def _quick(self, cell: str, input, hx):
+def _quick(self, frozen, cell: str, input, hx):
     """A frozen cell's plain call (input (B, I), no gradient), by the shortest way; None when it is not one."""
-    frozen = self._frozen
     if frozen is None or type(input) is not Tensor or not undisturbed() or not frozen.serves(self):
         return None
     shape = input.shape
@@ -86,9 +85,9 @@ def _quick(self, cell: str, input, hx):
             if type(hx) is not tuple or len(hx) != 2:
                 return None
             h, c = hx
-            if type(c) is not Tensor or c.shape != state or not frozen.takes(c):
+            if not frozen.takes_state(c, state):
                 return None
-        if type(h) is not Tensor or h.shape != state or not frozen.takes(h):
+        if not frozen.takes_state(h, state):
             return None
     h, _, c = ops.frozen(frozen.packed, input, h, c)
     return h, c
@@ -98,7 +97,7 @@ def _step(self, input, hx):
     """One step, as (h, c); None when torch is to have the call."""
     cell = name(self)
     if "_frozen" in self.__dict__:
-        found = _quick(self, cell, input, hx)
+        found = _quick(self, self.__dict__.get("_frozen"), cell, input, hx)
         if found is not None:
             return found
     call = resolve(self, cell, input, hx)
@@ -113,7 +112,7 @@ def _step(self, input, hx):
         x, weights = x.to(work), [w.to(work) for w in weights]
         h = None if h is None else h.to(work)
         c = None if c is None else c.to(work)
-    packed = kept(self)
+    packed = kept(self, x)
     if packed is not None and route is SERVED.get(work) and not autograd.needed(x, h, c, weights):
         h, _, c = ops.frozen(packed, x, h, c)
         c = c if cell == "lstm" else None

@@ -131,7 +131,7 @@ def _explain_sequence(module, input, hx, extended: bool, ragged: bool, all_state
     route = plan(cell, call.data, h0, c0, call.weights, not call.packed, extended)
     dropout = module.dropout if module.num_layers > 1 else 0
     at_once = functional.in_one_call(route, call.data, h0, c0, call.weights, dropout, module.training, all_states)
-    kept = at_once and route is SERVED.get(route.work) and frozen.kept(module) is not None
+    kept = at_once and route is SERVED.get(route.work) and frozen.kept(module, call.data) is not None
     return _plan(route, cell, layers, at_once and not (ragged or call.packed), kept)
 
 
@@ -149,7 +149,7 @@ def _explain_cell(module, input, hx) -> Plan:
         return _plan(Route(TORCH, why), cell, layers)
     layers = [{"T": 1, "B": call[0].size(0)} | layers[0]]
     route = plan(cell, *call, False, False)
-    kept = route is SERVED.get(route.work) and frozen.kept(module) is not None and not autograd.needed(*call)
+    kept = route is SERVED.get(route.work) and frozen.kept(module, call[0]) is not None and not autograd.needed(*call)
     return _plan(route, cell, layers, kept=kept)
 
 

@@ -16,23 +16,35 @@ from torch.autograd import forward_ad
 from fastrnn import ops
 from fastrnn.plan import SERVED
 
+# Real tensors: packed weights say nothing to those that stand for others.
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
 
 class Frozen:
     """Packed weights, and the parameters they were packed from."""
 
-    __slots__ = ("packed", "dtype", "sources")
+    __slots__ = ("packed", "dtype", "kind", "sources")
 
-    def __init__(self, packed: Tensor, weights: dict[str, Tensor]):
+    def __init__(self, packed: Tensor, weights: dict[str, Tensor], kind: str | None):
         self.packed = packed
         self.dtype = next(iter(weights.values())).dtype
+        self.kind = kind
         # An inference tensor has no version.
-        self.sources = [(name, w, None if w.is_inference() else w._version) for name, w in weights.items()]
+        self.sources = [
+            (name, w, None if w.is_inference() else w._version, w.data_ptr()) for name, w in weights.items()
+        ]
 
     def serves(self, module: torch.nn.Module) -> bool:
         """Whether the module's weights are those that were packed, unchanged as far as torch counts changes."""
+        if _kind(module) != self.kind:
+            return False
         parameters = module._parameters
-        for name, source, version in self.sources:
-            if parameters.get(name) is not source or (version is not None and source._version != version):
+        for name, source, version, address in self.sources:
+            if (
+                parameters.get(name) is not source
+                or (version is not None and source._version != version)
+                or source.data_ptr() != address
+            ):
                 return False
         return True
 
@@ -40,10 +52,15 @@ class Frozen:
         """Whether an argument is of the weights' dtype, and where they are."""
         return tensor.dtype is self.dtype and tensor.is_cpu and tensor.layout is torch.strided
 
+    def takes_state(self, state, shape: tuple[int, ...]) -> bool:
+        return type(state) is Tensor and state.shape == shape and self.takes(state)
+
     def __deepcopy__(self, memo):
-        if any(version is not None and source._version != version for _, source, version in self.sources):
-            return None
-        return Frozen(self.packed.clone(), {name: copy.deepcopy(source, memo) for name, source, _ in self.sources})
+        for _, source, version, address in self.sources:
+            if (version is not None and source._version != version) or source.data_ptr() != address:
+                return None
+        copies = {name: copy.deepcopy(source, memo) for name, source, *_ in self.sources}
+        return Frozen(self.packed.clone(), copies, self.kind)
 
     def __reduce__(self):  # packed for this machine's instruction set: a pickle holds a module that is not frozen
         return _nothing, ()
@@ -51,6 +68,12 @@ class Frozen:
 
 def _nothing() -> None:
     return None
+
+
+def _kind(module: torch.nn.Module) -> str | None:
+    """What of the cell a user might change by assignment: tanh or relu."""
+    attributes = module.__dict__
+    return attributes.get("mode") or attributes.get("nonlinearity")
 
 
 class Packing(NamedTuple):
@@ -70,26 +93,24 @@ def freezable(packing):
     """
 
     def decorate(kind: type) -> type:
-        base = kind.__base__
-
         def freeze(self):
             return _freeze(self, packing(self))
 
         def train(self, mode: bool = True):
             if mode:
                 thaw(self)
-            return base.train(self, mode)
+            return super(kind, self).train(mode)
 
         def _apply(self, fn, recurse: bool = True):
             thaw(self)
-            return base._apply(self, fn, recurse)
+            return super(kind, self)._apply(fn, recurse)
 
         def _load_from_state_dict(self, *args, **kwargs):
             thaw(self)
-            return base._load_from_state_dict(self, *args, **kwargs)
+            return super(kind, self)._load_from_state_dict(*args, **kwargs)
 
         freeze.__doc__ = _FREEZE
-        train.__doc__ = base.train.__doc__
+        train.__doc__ = torch.nn.Module.train.__doc__
         for method in (freeze, train, _apply, _load_from_state_dict):
             method.__qualname__ = f"{kind.__qualname__}.{method.__name__}"
             setattr(kind, method.__name__, method)
@@ -102,31 +123,40 @@ _FREEZE = """Packs the weights once, for calls that need no gradient: they then 
 
     Undone by train(), load_state_dict() and whatever moves or casts the module (to(), float(), cuda(), ...), of it or
     of a model it is part of. Of other changes to the weights, replaced parameters and writes in place that torch counts
-    are noticed: the module then computes with its weights as they are, packing them at each call. Writes that torch
-    does not count (through .data, numpy, a fused optimizer) are not: freeze again after them.
+    are noticed: the module then computes with its weights as they are, packing them at each call. Writes in place that
+    torch does not count (into .data, by numpy, by a fused optimizer) are not: freeze again after them.
 
-    Costs memory for a second copy of the weights, in float32 also for 16-bit ones. Calls that record for backward, want
-    all_states, or run under autocast or torch.compile, use the weights themselves. A deep copy is frozen too, a pickle
-    is not. Results are the same bits as without, except for one step of at most 4 rows, which is otherwise summed in
-    another order.
+    Costs memory for a second copy of the weights, at most in float32 for 16-bit ones. Calls that record for backward,
+    want all_states, or run under autocast or torch.compile, use the weights themselves. A deep copy is frozen too, a
+    pickle is not. Results are the same bits as without, except for one step of at most 4 rows, which is otherwise
+    summed in another order.
 
     Raises:
-        ValueError: a weight that no kernel serves (its device or dtype), or that is computed (a parametrization).
+        ValueError: a weight that no kernel serves (its device, dtype or tensor subclass), that is computed (a
+            parametrization), or whose shape is not the module's.
     """
 
 
 def _freeze(module, packing: Packing):
+    first, rows = packing.weights[0], ops.CELLS[packing.cell]["gates"] * module.hidden_size
     for name, weight in zip(packing.names, packing.weights):
-        if module._parameters.get(name) is not weight:
+        if not isinstance(weight, Tensor) or module._parameters.get(name) is not weight:
             raise ValueError(f"{name}: expected a plain parameter to freeze, got one that is computed or assigned")
-        if not (weight.is_cpu and weight.dtype in SERVED and weight.dtype is packing.weights[0].dtype):
+        if type(weight) not in _PLAIN:
+            raise ValueError(f"{name}: expected a plain parameter to freeze, got a {type(weight).__name__}")
+        if not (weight.is_cpu and weight.dtype in SERVED and weight.dtype is first.dtype):
             raise ValueError(
                 f"{name}: expected a CPU tensor of float32, float64, bfloat16 or float16 to freeze, all weights of one "
                 f"dtype, got {weight.dtype} on {weight.device}"
             )
+        if not weight.dim() or (weight.size(0) != rows and not name.startswith("weight_hr")):
+            raise ValueError(f"{name}: expected {rows} rows to freeze, got shape {tuple(weight.shape)}")
+    if first.shape != (rows, module.input_size):
+        expected = (rows, module.input_size)
+        raise ValueError(f"{packing.names[0]}: expected shape {expected} to freeze, got {tuple(first.shape)}")
     with torch.no_grad():
         packed = ops.pack(packing.cell, packing.weights, packing.bidirectional, packing.num_layers)
-    module._frozen = Frozen(packed, dict(zip(packing.names, packing.weights)))
+    module._frozen = Frozen(packed, dict(zip(packing.names, packing.weights)), _kind(module))
     return module
 
 
@@ -135,9 +165,9 @@ def thaw(module: torch.nn.Module) -> None:
     module.__dict__.pop("_frozen", None)
 
 
-def kept(module: torch.nn.Module) -> Tensor | None:
-    """The packed weights of a frozen module; None when they cannot stand for its weights."""
-    if torch.compiler.is_compiling() or _dispatch_modes():
+def kept(module: torch.nn.Module, input: Tensor) -> Tensor | None:
+    """The packed weights of a frozen module, for a call with this input; None when they cannot be used."""
+    if torch.compiler.is_compiling() or _dispatch_modes() or type(input) not in _PLAIN:
         return None
     frozen = module.__dict__.get("_frozen")
     return frozen.packed if frozen is not None and frozen.serves(module) else None

@@ -132,10 +132,9 @@ _DOC = """torch.nn's forward, and what it has not.
     """
 
 
-def _quick(self, input, hx):
+def _quick(self, frozen, input, hx):
     """A frozen module's plain call, by the shortest way, since one step takes little longer than this; None when there
     is anything else to the call."""
-    frozen = self._frozen
     if frozen is None or type(input) is not Tensor or not undisturbed() or not frozen.serves(self):
         return None
     shape = input.shape
@@ -149,12 +148,11 @@ def _quick(self, input, hx):
             h0 = hx
         elif type(hx) is tuple and len(hx) == 2:
             h0, c0 = hx
-            if type(c0) is not Tensor or c0.shape != (layers, B, self.hidden_size) or not frozen.takes(c0):
+            if not frozen.takes_state(c0, (layers, B, self.hidden_size)):
                 return None
         else:
             return None
-        width = self.proj_size or self.hidden_size
-        if type(h0) is not Tensor or h0.shape != (layers, B, width) or not frozen.takes(h0):
+        if not frozen.takes_state(h0, (layers, B, self.proj_size or self.hidden_size)):
             return None
     if self.training and self.dropout and self.num_layers > 1:
         return None
@@ -171,7 +169,7 @@ def _forward(self, input, hx, positional, reset, lengths, all_states):
         raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
     extended = reset is not None or lengths is not None or all_states
     if not extended and "_frozen" in self.__dict__:
-        found = _quick(self, input, hx)
+        found = _quick(self, self.__dict__.get("_frozen"), input, hx)
         if found is not None:
             return found
     call = resolve(self, input, hx)
@@ -191,12 +189,12 @@ def _forward(self, input, hx, positional, reset, lengths, all_states):
     if packed:
         found = functional.run_packed(
             cell, input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            reset, all_states, kept(self),
+            reset, all_states, kept(self, data),
         )  # fmt: skip
     else:
         found = functional.run(
             cell, data, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, None, lengths, reset, all_states, kept(self),
+            batch_first, None, lengths, reset, all_states, kept(self, data),
         )  # fmt: skip
     return functional.results(cell, found, unbatched, all_states)
 

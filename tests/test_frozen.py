@@ -63,6 +63,7 @@ OPTIONS = [
     {"bias": False, "batch_first": True},
     {"bidirectional": True, "num_layers": 2},
     {"num_layers": 3, "batch_first": True},
+    {"input_size": 2},
     {"proj_size": 9, "num_layers": 2, "bidirectional": True},
 ]
 
@@ -73,7 +74,8 @@ def test_the_same_bits(kind, dtype, isa, calls):
     for options in OPTIONS:
         if "proj_size" in options and kind != "LSTM":
             continue
-        module = build(kind, I, H, **options).to(dtype)
+        I = options.get("input_size", 5)
+        module = build(kind, I, H, **{k: v for k, v in options.items() if k != "input_size"}).to(dtype)
         frozen = copy.deepcopy(module)
         assert frozen.freeze() is frozen
         for T, B in [(1, 5), (7, 1), (9, 40), (3, 0)]:
@@ -231,6 +233,47 @@ def test_changed_weights_are_noticed(calls):
         assert not is_used(module, x, calls)
 
 
+def test_replaced_data_is_noticed(calls):
+    for module, x in modules():
+        module.freeze()
+        nn.utils.vector_to_parameters(
+            torch.cat([p.detach().flatten() * 2 for p in module.parameters()]), module.parameters()
+        )
+        assert not is_used(module, x, calls)
+        with torch.no_grad():
+            same(module(x), copy.deepcopy(module).train()(x))
+    for module, x in ((fastrnn.RNN(I, H), normal(3, 2, I)), (fastrnn.RNNCell(I, H), normal(2, I))):
+        module.freeze()
+        setattr(module, *(("mode", "RNN_RELU") if isinstance(module, nn.RNN) else ("nonlinearity", "relu")))
+        assert not is_used(module, x, calls)
+
+
+def test_inference_tensors(calls):
+    with torch.inference_mode():
+        module, x = fastrnn.LSTM(I, H), normal(3, 2, I)
+        expected = module(x)
+        calls.clear()
+        same(module.freeze()(x), expected)
+        assert calls == ["pack", "frozen"]
+
+
+def test_overrides_of_other_bases_are_called():
+    called = []
+
+    class Other(nn.Module):
+        def train(self, mode=True):
+            called.append(mode)
+            return super().train(mode)
+
+    class Both(fastrnn.GRU, Other):
+        pass
+
+    module = Both(I, H).freeze()
+    called.clear()
+    assert "_frozen" not in module.train().__dict__
+    assert called == [True]
+
+
 def test_functional_call_gets_its_own_weights(calls):
     for module, x in modules():
         module.freeze()
@@ -348,7 +391,10 @@ def test_whatever_else_is_active(calls):
             assert counts[0] == counts[1] > 0
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             shapes = [t.shape for t in tensors_in(module(mode.from_tensor(x)))]
+            fake = mode.from_tensor(x)
         assert shapes == [t.shape for t in tensors_in(plain(x))]
+        with torch.no_grad():
+            assert shapes == [t.shape for t in tensors_in(module(fake))]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -398,6 +444,17 @@ def test_what_cannot_be_frozen():
         fastrnn.GRU(I, H, device="meta").freeze()
     with pytest.raises(ValueError, match="weight_hh: expected a plain parameter to freeze"):
         parametrizations.orthogonal(fastrnn.GRUCell(I, H), "weight_hh").freeze()
+    cell = fastrnn.GRUCell(I, H)
+    cell.bias_hh = None
+    with pytest.raises(ValueError, match="bias_hh: expected a plain parameter to freeze"):
+        cell.freeze()
+    cell = fastrnn.GRUCell(I, H)
+    cell.weight_ih = nn.Parameter(torch.zeros(3 * H, I + 1))
+    with pytest.raises(ValueError, match=r"weight_ih: expected shape \(63, 5\) to freeze, got \(63, 6\)"):
+        cell.freeze()
+    cell.bias_hh = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"bias_hh: expected 63 rows to freeze, got shape \(3,\)"):
+        cell.freeze()
     module = fastrnn.LSTM(I, H)
     module.bias_hh_l0 = nn.Parameter(torch.zeros(4 * H, dtype=torch.float64))
     with pytest.raises(ValueError, match="bias_hh_l0: expected a CPU tensor .* all weights of one dtype"):
@@ -425,6 +482,10 @@ def test_operators():
     for arguments, message in [
         (("lstm", weights, False, 3), "num_layers: expected a number of layers that the 8 weights can be shared out"),
         (("lstm", weights[4:] + weights[:4], False, 2), r"weights: expected layer 1 to have inputs of D\*P = 21"),
+        (
+            ("lstm", [w.double() for w in weights[:4]] + weights[4:], False, 2),
+            "weights: expected the dtype of the first layer, float64, in layer 1, got float32",
+        ),
         (("elman", weights, False, 2), "cell: expected one of"),
         (("gru", weights, False, 2), "weights"),
     ]:

@@ -146,16 +146,19 @@ def test_no_steps_is_torchs_error(kind):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_and_inf_spread_as_in_torch(kind, value, isa):
-    ours, theirs = pair(kind, 5, 19, bidirectional=True)
-    x = data().detach().clone()
+def test_nan_and_inf_spread_as_in_torch(kind, dtype, value, isa):
+    ours, theirs = (rnn.to(dtype) for rnn in pair(kind, 5, 19, bidirectional=True))
+    x = data().detach().clone().to(dtype)
     x[3, 1, 2] = value
     results = [tensors_in(rnn(x)) for rnn in (ours, theirs)]
     for mine, torchs in zip(*results, strict=True):
         assert mine.isnan().equal(torchs.isnan())
         assert mine.isinf().equal(torchs.isinf())
-        assert mine.isinf().logical_or(mine.sign() == torchs.sign()).logical_or(mine.isnan()).all()
+        rounding = 0.02 if dtype == torch.bfloat16 else 0  # may decide the sign of so small a number
+        decided = ~(mine.isinf() | mine.isnan() | (torchs.abs() <= rounding))
+        assert mine.sign()[decided].equal(torchs.sign()[decided])
     grads = []
     for rnn in (ours, theirs):
         given = x.clone().requires_grad_()

@@ -473,7 +473,7 @@ struct ForwardPass {
     h = Storage<V>::store(storage, h, bytes(p.y.data) + (row_offset(p, p.y, s.t, b) + s.d * p.P + unit) * size, n);
     if (p.h_all) Storage<V>::store(storage, h, bytes(p.h_all) + (((s.d * p.T + s.t) * p.B + b) * p.P + unit) * size, n);
     if (i >= s.final) Storage<V>::store(storage, h, bytes(p.h_n) + ((s.d * p.B + b) * p.P + unit) * size, n);
-    O::store(s.cut && s.cut[i] ? V::set(0) : h, s.h_new + i * row_w, unit);
+    O::store(s.cut && s.cut[i] ? V::set(0) : h, s.h_new + i * row_w, unit, n);
     return h;
   }
 

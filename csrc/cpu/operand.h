@@ -14,9 +14,9 @@ struct Singles {
   // Whether stored rows of n values, the first at `from`, are words already.
   static bool readable(const Storage<V>& storage, const void*, int64_t) { return !storage.rounds; }
 
-  // The values from `unit` on of a row of words, as a vector.
+  // The values from `unit` on of a row of words, as a vector; n of them, or more than a vector, are values of the row.
   FASTRNN_INLINE V load(const T* row, int64_t unit) { return V::load(row + unit); }
-  FASTRNN_INLINE void store(V x, T* row, int64_t unit) { x.store(row + unit); }
+  FASTRNN_INLINE void store(V x, T* row, int64_t unit, int64_t) { x.store(row + unit); }
 };
 
 #if defined(FASTRNN_ISA_AVX512)
@@ -40,6 +40,10 @@ struct Pairs {
   FASTRNN_INLINE f32 load(const T* row, int64_t unit) {
     return load_bf16(reinterpret_cast<const uint16_t*>(row) + unit);
   }
-  FASTRNN_INLINE void store(f32 x, T* row, int64_t unit) { store_bf16(reinterpret_cast<uint16_t*>(row) + unit, x); }
+  FASTRNN_INLINE void store(f32 x, T* row, int64_t unit, int64_t n) {
+    uint16_t* halves = reinterpret_cast<uint16_t*>(row) + unit;
+    store_bf16(halves, x);
+    if (n < f32::lanes && n % 2) halves[n] = 0;  // lanes past the row may hold NaN, which times zero is not zero
+  }
 };
 #endif

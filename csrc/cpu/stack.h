@@ -2,7 +2,8 @@
 // layers, and works on a piece of the sequence while the next thread works on the piece before. For small layers, whose
 // steps are too short for threads to meet at each of them.
 //
-// Every layer computes what it would compute alone, in the same order: the same bits.
+// Every layer computes what it would compute alone, in the same order: the same bits. Layers so small lie in a cache
+// whole, so that they do without Split::alternate.
 
 template <class Cell, class V, class O>
 struct StackPass {

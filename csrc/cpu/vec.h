@@ -88,8 +88,8 @@ FASTRNN_INLINE f64 zip_high(f64 a, f64 b) {
 FASTRNN_INLINE f32 load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-// sum + x.low * y.low + x.high * y.high, lane by lane, of pairs of bfloat16. As text, because the compiler is not told
-// of the extension: only code that asked CPUID comes here.
+// sum + x.low * y.low + x.high * y.high, lane by lane, of pairs of bfloat16; denormal numbers count as zero. As text,
+// because the compiler is not told of the extension: only code that asked CPUID comes here.
 FASTRNN_INLINE f32 dot_pairs(f32 x, f32 y, f32 sum) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(x.v), "v"(y.v));
   return sum;
