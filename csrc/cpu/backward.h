@@ -16,6 +16,7 @@ struct BackwardPass {
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
   // The tape's last block holds c for the LSTM, h for the others.
   static constexpr int state_block = Cell::tape - 1;
+  static constexpr int64_t few_rows = 4;
   static constexpr int64_t chunk_rows = 256;
 
   const Backward& p;
@@ -30,6 +31,7 @@ struct BackwardPass {
   Packed<V, 1> w_hr[2];  // [P, H]
   T* none;               // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
   bool once;             // one step of few rows: every group of the weights is used once, and packed there and then
+  bool in_place;         // one step of so few rows that the weights are not even packed where they need not be
   int64_t chunks;
   int64_t* chunk_begin;  // [chunks + 1] first step of each
   int64_t R;             // rows that a buffer has room for
@@ -115,7 +117,8 @@ struct BackwardPass {
     if (memory) chunk_begin[chunks] = p.T;
     R += R % 2 == 0;  // or all blocks would fall into the same few sets of the cache
     const int64_t K = G * p.H;
-    once = p.T == 1 && split.workers == 1 && N <= 48;
+    in_place = p.T == 1 && N <= few_rows && !storage.rounds;
+    once = p.T == 1 && (split.workers == 1 ? N <= 48 : in_place);
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
     for (int d = 0; d < p.D; ++d) {
       w_hh[d] = {matrix(Packed<V, 1>::count(K, p.P)), K, out_blocks};
@@ -311,14 +314,14 @@ struct BackwardPass {
     over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, back, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = nullptr;
-      if (carried)
+      if (carried && (!in_place || (block + U) * W > p.P))
         group = group_at<Singles<V>>(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_even_rows<tile_rows<U>>(0, carried, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
         const T* dgates[M];
         for (int r = 0; r < M; ++r) dgates[r] = w.rows[i + r].dgates;
-        product_of_blocks(sum, dgates, R * W, group, G, p.H);
+        multiply_dgates(sum, dgates, group, source_hh(d), block);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) {
             const int64_t unit = (block + v) * W;
@@ -336,6 +339,15 @@ struct BackwardPass {
       for (int64_t i = carried; i < s.now; ++i)  // rows whose last step this is
         for (int v = 0; v < U; ++v) receive(w, s, i, block + v, V::load(s.state.dh_n + i * Pp + (block + v) * W));
     });
+  }
+
+  // dgates times the group of weights at `block`; null: times the source, as it lies.
+  template <int M, int U>
+  FASTRNN_MEMBER void multiply_dgates(V (&sum)[M][U], const T* const (&dgates)[M], const T* group, const Source& source,
+                                      int64_t block) const {
+    if constexpr (M <= few_rows)
+      if (group == nullptr) return product_of_rows(sum, dgates, R * W, source, G, block * W);
+    product_of_blocks(sum, dgates, R * W, group, G, p.H);
   }
 
   // What this step's rows read, and what became of the gradient they get.
@@ -528,14 +540,15 @@ struct BackwardPass {
     const Storage<V> out(p.dx_is_compute && p.dtype != Dtype::f64 ? Dtype::f32 : p.dtype);
     over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
-      const T* group =
-          group_at<Singles<V>>(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+      const T* group = nullptr;
+      if (!in_place || (block + U) * W > p.I)
+        group = group_at<Singles<V>>(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_even_rows<tile_rows<U>>(0, count, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
         const T* left[M];
         for (int r = 0; r < M; ++r) left[r] = dgates + (i + r) * W;
-        product_of_blocks(sum, left, R * W, group, G, p.H);
+        multiply_dgates(sum, left, group, source_ih(d), block);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) {
             const int64_t column = (block + v) * W, n = p.I - column;

@@ -90,6 +90,31 @@ static void pack_rows(const Source& from, const Storage<V>& storage, int64_t K, 
   }
 }
 
+// product_of_blocks by a source whose columns stay rows, as it lies there: N vectors of columns from `column` on, all
+// within it. For one step of few rows, which reads the weights once, and would wait for their packing. The same sums.
+template <int M, int N, class V>
+static void product_of_rows(V (&sum)[M][N], const typename V::T* const (&a)[M], int64_t a_block, const Source& from,
+                            int gates, int64_t column) {
+  using T = typename V::T;
+  constexpr int64_t W = V::lanes;
+  const int64_t blocks = ceil_div(from.H, W), run = run_length(from.H);
+  clear(sum);
+  for (int g = 0; g < gates; ++g) {
+    const T* rows = static_cast<const T*>(from.data) + from.gate[g] * from.H * from.ld + column;
+    for (int64_t k = 0; k < from.H; k += run) {
+      V part[M][N];
+      clear(part);
+      const int64_t end = smaller(k + run, from.H);
+      for (int64_t i = k; i < end; ++i) {
+        const int64_t at = (g * blocks + i / W) * a_block + i % W;
+        multiply_add<Singles<V>>(
+            part, [&](int m) { return V::set(a[m][at]); }, [&](int v) { return V::load(rows + i * from.ld + v * W); });
+      }
+      add(sum, part);
+    }
+  }
+}
+
 // The n rows of a transposed source that are the columns of gate g from `unit` on, as words; by way of scratch (lanes
 // rows) where they are stored otherwise.
 template <class O, class V>
