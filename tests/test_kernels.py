@@ -68,10 +68,10 @@ def drivers(tmp_path_factory):
 @pytest.mark.parametrize(
     ("sanitizer", "arguments"),
     [
-        ("address", ["layers", "120"]),
+        ("address", ["layers", "80"]),
         ("address", ["gradient", "60"]),
         ("address", ["ulp", "40009"]),
-        ("thread", ["layers", "40"]),
+        ("thread", ["layers", "28"]),
     ],
 )
 def test_driver(drivers, sanitizer, arguments):
