@@ -1,5 +1,5 @@
-// The one door to torch, for ops.cpp alone: errors, dtypes, tensors, boxed arguments and threads over the stable ABI,
-// so that what is built here runs under every torch from 2.11 on.
+// The one door to torch, for arguments.h and ops.cpp: errors, dtypes, tensors, boxed arguments and threads over the
+// stable ABI, so that what is built here runs under every torch from 2.11 on.
 #pragma once
 
 #include <pthread.h>

@@ -14,10 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastrnn import ops
-from fastrnn.plan import SERVED
-
-# Real tensors: packed weights say nothing to those that stand for others.
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+from fastrnn.plan import REAL, SERVED
 
 
 class Frozen:
@@ -142,7 +139,7 @@ def _freeze(module, packing: Packing):
     for name, weight in zip(packing.names, packing.weights):
         if not isinstance(weight, Tensor) or module._parameters.get(name) is not weight:
             raise ValueError(f"{name}: expected a plain parameter to freeze, got one that is computed or assigned")
-        if type(weight) not in _PLAIN:
+        if type(weight) not in REAL:
             raise ValueError(f"{name}: expected a plain parameter to freeze, got a {type(weight).__name__}")
         if not (weight.is_cpu and weight.dtype in SERVED and weight.dtype is first.dtype):
             raise ValueError(
@@ -167,7 +164,7 @@ def thaw(module: torch.nn.Module) -> None:
 
 def kept(module: torch.nn.Module, input: Tensor) -> Tensor | None:
     """The packed weights of a frozen module, for a call with this input; None when they cannot be used."""
-    if torch.compiler.is_compiling() or _dispatch_modes() or type(input) not in _PLAIN:
+    if torch.compiler.is_compiling() or _dispatch_modes() or type(input) not in REAL:
         return None
     frozen = module.__dict__.get("_frozen")
     return frozen.packed if frozen is not None and frozen.serves(module) else None

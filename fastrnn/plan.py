@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 
 KERNEL, TORCH, REFERENCE = "fastrnn cpu kernel", "torch", "reference"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
+REAL = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # types of tensors that do not stand for others
+_PLAIN = (*REAL, FakeTensor, FunctionalTensor)
 
 
 class Route(NamedTuple):
