@@ -105,7 +105,7 @@ py::dict split_of(const std::string& name, bool float64, int64_t T, int64_t B, i
   upper.I = D * P;
   threads = std::min(threads, cpu_quota());
   const Split s = plan_split(layer, threads);
-  const Wavefront wave = plan_wavefront(layer, upper, layers, threads);
+  const Wavefront wave = plan_wavefront(layer, upper, layers, false, threads);
   py::dict result;
   result["directions"] = s.directions;
   result["slices"] = s.slices;
@@ -166,7 +166,7 @@ PYBIND11_MODULE(_C, m) {
       "split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
       py::arg("P"), py::arg("D"), py::arg("threads"), py::arg("layers") = 1, py::arg("kept") = false,
       "How a layer would be shared out: directions side by side, slices of rows, parts of hidden units; the limit; and "
-      "into how many groups so many layers, without a tape, for a wavefront.");
+      "into how many groups so many layers for a wavefront, forward.");
   m.def("workspace_bytes", &workspace_bytes, "Bytes of scratch memory that the kernels keep, all threads together.");
   m.def("release_workspace", &release_workspace, "Gives that memory back; returns how many bytes it was.");
   m.def("activation", &activation, py::arg("function"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"),

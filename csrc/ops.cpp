@@ -2,10 +2,11 @@
 //
 //   layer()           allocates the results, fills Forward, runs the kernel
 //   step()            the same for one step of a cell
-//   stack()           the same for several layers, without what backward needs
+//   stack()           the same for several layers
 //   pack(), frozen()  weights packed once, and stack() or step() by them
-//   layer_backward()  fills Backward, allocates the gradients, runs the kernel; of layer() and, with a 2-D input,
-//   step()
+//   layer_backward()  allocates the gradients, fills Backward, runs the kernel; of layer() and, with a 2-D input,
+//                     step()
+//   stack_backward()  the same for several layers
 //
 // Letters for sizes are problem.h's. Errors name the argument, what was expected and what came.
 #include <algorithm>
@@ -95,10 +96,34 @@ void check_alike(const Problem& p, const Problem& first, int64_t k) {
          ", P = ", p.layer.P, " in layer ", k, " after H = ", first.layer.H, ", P = ", first.layer.P);
 }
 
-// Layers on top of each other, without tapes: one call for all, and as a wavefront where that is faster. A one-step
-// input (B, I) gives h, an empty h_n, and c. header: of packed weights, which then stand for a.weights.
+// What stack_backward() needs of `count` layers: nothing of those below `from`. Backward's inputs of layer k are
+// inputs[k - from], but the caller's where that is layer 0.
+struct Saved {
+  int64_t from;
+  std::vector<Tensor> tapes, inputs;
+
+  // As one list, the tapes first. The number of its tensors, odd only where `from` is 0, tells what they are.
+  std::vector<Tensor> list() const {
+    std::vector<Tensor> all = tapes;
+    all.insert(all.end(), inputs.begin() + (from == 0 && !inputs.empty()), inputs.end());
+    return all;
+  }
+  Saved(const std::vector<Tensor>& list, int64_t count) {
+    const auto n = static_cast<int64_t>(list.size() + 1) / 2;
+    from = count - n;
+    if (from < 0 || (from == 0) != (list.size() % 2 == 1))
+      fail("saved: expected what stack returned for ", count, " layers, got ", list.size(), " tensors");
+    tapes.assign(list.begin(), list.begin() + n);
+    if (from == 0) inputs.emplace_back();
+    inputs.insert(inputs.end(), list.begin() + n, list.end());
+  }
+  explicit Saved(int64_t from) : from(from) {}
+};
+
+// Layers on top of each other: one call for all, and as a wavefront where that is faster. A one-step input (B, I) gives
+// h, an empty h_n, and c. header: of packed weights, which then stand for a.weights. saved: to be filled, or null.
 std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool batch_major, int64_t count,
-                                const PackedHeader* header = nullptr) {
+                                const PackedHeader* header = nullptr, Saved* saved = nullptr) {
   const SerialInForkedChild serial;
   const bool one_step = header && a.input.defined() && a.input.dim() == 2 && !a.batch_sizes;
   const size_t per_layer = header ? 0 : weights_per_layer(a, count);
@@ -129,7 +154,7 @@ std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool bat
       c_n = empty(has_c ? c_shape.list() : Sizes{0}, p.dtype);
       Layer upper = f;  // the others differ in the width of their input alone
       upper.I = D * f.P;
-      if (count > 1) wave = plan_wavefront(f, upper, static_cast<int>(count), team().size);
+      if (count > 1) wave = plan_wavefront(f, upper, static_cast<int>(count), false, team().size);
     } else {
       check_alike(p, problems[0], k);
     }
@@ -141,12 +166,17 @@ std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool bat
     f.h_n = one_step ? y.data_ptr() : static_cast<char*>(h_n.data_ptr()) + k * state;
     const ConstRows rows = rows_of(y, p.packed || one_step);
     f.y = {y.data_ptr(), rows.step, rows.row};
+    if (saved && k >= saved->from) {
+      saved->tapes.push_back(new_tape(p));
+      saved->inputs.push_back(part.input);
+      f.tape = saved->tapes.back().data_ptr();
+    }
     part.input = y;
     if (wave.groups > 1) continue;
     if (f.B) current().forward(f, team());
     p.input = Tensor();  // memory for two layers' outputs will do
   }
-  if (layers[0].B && wave.groups > 1) current().wavefront(layers.data(), static_cast<int>(count), wave, team());
+  if (layers[0].B && wave.groups > 1) current().forward_wavefront(layers.data(), static_cast<int>(count), wave, team());
   return {y, h_n, c_n};
 }
 
@@ -154,8 +184,12 @@ void stack(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
   const Arguments a = take_arguments(reader);
   const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
-  const auto results = run_stack(a, bidirectional, batch_major, reader.take<int64_t>());
+  const int64_t count = reader.take<int64_t>(), from = reader.take<int64_t>();
+  if (from < 0 || from > count) fail("saved_from: expected 0 to num_layers = ", count, ", got ", from);
+  Saved saved(from);
+  const auto results = run_stack(a, bidirectional, batch_major, count, nullptr, &saved);
   for (int i = 0; i < 3; ++i) stack[i] = stable::detail::from(results[i]);
+  stack[3] = stable::detail::from(saved.list());
 }
 
 // ------------------------------------------------------------------------------------------------- packed weights
@@ -234,71 +268,166 @@ void frozen(StableIValue* stack, uint64_t, uint64_t) {
 
 Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 
+// The gradients that come from outside.
+struct Incoming {
+  std::optional<Tensor> d_output, d_h_n, d_c_n, d_h_all, d_c_all;
+};
+
+// Memory for the gradients of a layer's weights that are needed, into results and b; zero where no row will add to it.
+template <class Needs, class Results>
+void allocate_gradients(const Problem& p, Backward& b, const std::vector<Tensor>& weights, Needs needs,
+                        Results results) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!needs[i]) continue;
+    auto& to = b.gradients[i / p.per_direction];
+    const size_t role = i % p.per_direction;
+    void** places[5] = {&to.w_ih, &to.w_hh, &to.b_ih, &to.b_hh, &to.w_hr};
+    Tensor& result = results[i];
+    result = empty_block(sizes_of(weights[i]), p.compute, compute_size(p));
+    *places[p.layer.projected && role == p.per_direction - 1 ? 4 : role] = result.data_ptr();
+    if (!b.B) std::memset(result.data_ptr(), 0, result.numel() * result.element_size());
+  }
+}
+
+// Layers on top of each other, the last one first. needs, and the result: input, h0, c0, the weights of all layers.
+std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const Incoming& incoming, bool bidirectional,
+                                 bool batch_major, int64_t count, const std::vector<bool>& needs) {
+  const SerialInForkedChild serial;
+  const bool one_step = a.input.defined() && a.input.dim() == 2 && !a.batch_sizes;  // of step()
+  const size_t per_layer = weights_per_layer(a, count);
+  if (needs.size() != 3 + a.weights.size())
+    fail("needs: expected one value for input, h0, c0 and each of ", a.weights.size(), " weights, got ", needs.size());
+  const auto first_weight = [&](int64_t k) { return needs.begin() + 3 + k * static_cast<int64_t>(per_layer); };
+  // Below this layer nothing is wanted.
+  int64_t lowest = 0;
+  if (!needs[0] && !needs[1] && !needs[2])
+    while (lowest + 1 < count &&
+           std::find(first_weight(lowest), first_weight(lowest + 1), true) == first_weight(lowest + 1))
+      ++lowest;
+  if (lowest < saved.from)
+    fail("needs: expected nothing for the layers below ", saved.from, ", of which nothing was saved, got a request");
+
+  Arguments part = a;
+  part.h0 = part.c0 = std::nullopt;
+  std::vector<Problem> problems;
+  std::vector<Backward> layers(static_cast<size_t>(count - lowest));
+  std::vector<Tensor> results, between;
+  const void *h0 = nullptr, *c0 = nullptr, *d_h_n = nullptr, *d_c_n = nullptr;
+  std::optional<Tensor> dy = incoming.d_output;
+  Wavefront wave;
+  problems.reserve(layers.size());
+  for (int64_t k = count - 1; k >= lowest; --k) {
+    part.input = k == 0 ? a.input : saved.inputs[static_cast<size_t>(k - saved.from)];
+    part.weights.assign(a.weights.begin() + k * per_layer, a.weights.begin() + (k + 1) * per_layer);
+    problems.push_back(check(part, bidirectional, one_step));
+    Problem& p = problems.back();
+    Backward& b = layers[problems.size() - 1];
+    static_cast<Layer&>(b) = p.layer;
+    const bool flat = p.packed || one_step, has_c = p.cell->has_c;
+    const int64_t size = p.input.element_size(), state = b.D * b.B * b.P * size, cell = b.D * b.B * b.H * size;
+    if (k == count - 1) {
+      if (!has_c && (a.c0 || incoming.d_c_n || incoming.d_c_all || needs[2]))
+        fail("c0, d_c_n, d_c_all, needs[2]: expected None, None, None, False for cell '", p.cell->name,
+             "', got a request");
+      for (size_t i = 0; i < needs.size(); ++i) results.push_back(empty({0}, p.dtype));
+      const Shape h_shape = one_step ? Shape{b.B, b.P} : Shape{count * b.D, b.B, b.P};
+      const Shape c_shape = one_step ? Shape{b.B, b.H} : Shape{count * b.D, b.B, b.H};
+      const char* h_letters = one_step ? "(B, P)" : count > 1 ? "(L*D, B, P)" : "(D, B, P)";
+      const char* c_letters = one_step ? "(B, H)" : count > 1 ? "(L*D, B, H)" : "(D, B, H)";
+      h0 = keep(p, a.h0, "h0", h_shape, h_letters, p.dtype);
+      c0 = keep(p, a.c0, "c0", c_shape, c_letters, p.dtype);
+      d_h_n = keep(p, incoming.d_h_n, "d_h_n", h_shape, h_letters, p.dtype);
+      d_c_n = keep(p, incoming.d_c_n, "d_c_n", c_shape, c_letters, p.dtype);
+      if (needs[1]) results[1] = empty(h_shape.list(), p.dtype);
+      if (needs[2]) results[2] = empty(c_shape.list(), p.dtype);
+      // Of one layer alone.
+      b.dh_all = keep(p, incoming.d_h_all, "d_h_all", {b.D, b.T, b.B, b.P}, "(D, T, B, P)", p.dtype);
+      b.dc_all = keep(p, incoming.d_c_all, "d_c_all", {b.D, b.T, b.B, b.H}, "(D, T, B, H)", p.dtype);
+      Layer first = b;
+      if (lowest == 0) first.I = a.input.size(a.input.dim() - 1);
+      if (layers.size() > 1) wave = plan_wavefront(first, b, static_cast<int>(layers.size()), true, team().size);
+    } else {
+      check_alike(p, problems[0], k);
+      if (b.T != layers[0].T || b.B != layers[0].B || p.N != problems[0].N)
+        fail("saved: expected the inputs of all layers to have T = ", layers[0].T, ", B = ", layers[0].B, ", got ",
+             shape_of(part.input), " for layer ", k);
+    }
+    b.tape = keep(p, saved.tapes[static_cast<size_t>(k - saved.from)], "tape", {b.D, p.N, tape_width(p)},
+                  "(D, N, tape width)", p.compute);
+    if (dy) {
+      const Shape shape = flat ? Shape{p.N, b.D * b.P} : Shape{b.T, b.B, b.D * b.P};
+      check_tensor(*dy, "d_output", p.dtype, shape, p.packed ? "(N, D*P)" : "(T, B, D*P)");
+      dy = rows_contiguous(*dy);
+      b.dy = rows_of(*dy, flat);
+    }
+    const auto of_layer = [&](const void* from, int64_t bytes) {
+      return from ? static_cast<const char*>(from) + k * bytes : nullptr;
+    };
+    b.h0 = of_layer(h0, state);
+    b.c0 = of_layer(c0, cell);
+    b.dh_n = of_layer(d_h_n, state);
+    b.dc_n = of_layer(d_c_n, cell);
+    if (needs[1]) b.dh0 = static_cast<char*>(results[1].data_ptr()) + k * state;
+    if (needs[2]) b.dc0 = static_cast<char*>(results[2].data_ptr()) + k * cell;
+
+    Tensor dx;
+    if (k > lowest || needs[0]) {
+      b.dx_is_compute = b.D == 2 && p.dtype != p.compute;
+      const int32_t dtype = b.dx_is_compute ? p.compute : p.dtype;
+      dx = flat ? empty({p.N, b.I}, dtype) : empty_rows(b.T, b.B, b.I, batch_major && k == 0, dtype);
+      const ConstRows rows = rows_of(dx, flat);
+      b.dx = {dx.data_ptr(), rows.step, rows.row};
+    }
+    allocate_gradients(p, b, part.weights, first_weight(k), results.begin() + 3 + k * static_cast<int64_t>(per_layer));
+    if (wave.groups > 1) {
+      if (dy) between.push_back(*dy);
+    } else {
+      if (b.B) current().backward(b, team());
+      if (b.dx_is_compute) dx = stable::to(dx, p.input.scalar_type());
+    }
+    if (k == 0 && needs[0]) results[0] = dx;
+    dy = dx;  // memory for two layers' will do
+  }
+  if (layers[0].B && wave.groups > 1)
+    current().backward_wavefront(layers.data(), static_cast<int>(layers.size()), wave, team());
+  const Problem& p = problems[0];
+  if (p.dtype != p.compute)
+    for (size_t i = 3; i < needs.size(); ++i)
+      if (needs[i]) results[i] = stable::to(results[i], a.input.scalar_type());
+  return results;
+}
+
 void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
   const Arguments a = take_arguments(reader);
-  const Tensor tape = reader.take<Tensor>();
-  std::optional<Tensor> d_output = reader.take_optional();
-  const std::optional<Tensor> d_h_n = reader.take_optional(), d_c_n = reader.take_optional();
-  const std::optional<Tensor> d_h_all = reader.take_optional(), d_c_all = reader.take_optional();
+  const Saved saved({reader.take<Tensor>()}, 1);
+  Incoming incoming;
+  for (auto* gradient : {&incoming.d_output, &incoming.d_h_n, &incoming.d_c_n, &incoming.d_h_all, &incoming.d_c_all})
+    *gradient = reader.take_optional();
   const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
-  const std::vector<bool> needs = reader.take<std::vector<bool>>();
-
-  const SerialInForkedChild serial;
-  const bool one_step = a.input.defined() && a.input.dim() == 2 && !a.batch_sizes;  // of step()
-  if (one_step && (bidirectional || d_output || d_h_all || d_c_all || a.lengths || a.reset))
+  if (a.input.defined() && a.input.dim() == 2 && !a.batch_sizes &&
+      (bidirectional || incoming.d_output || incoming.d_h_all || incoming.d_c_all || a.lengths || a.reset))
     fail(
         "input: expected 3 dimensions (T, B, input_size), or for one step two directions, d_output, d_h_all, d_c_all, ",
         "lengths and reset absent, got shape ", shape_of(a.input));
-  Problem p = check(a, bidirectional, one_step);
-  Backward b;
-  static_cast<Layer&>(b) = p.layer;
-  if (needs.size() != 3 + a.weights.size())
-    fail("needs: expected one value for input, h0, c0 and each of ", a.weights.size(), " weights, got ", needs.size());
-  if (!p.cell->has_c && (d_c_n || d_c_all || needs[2]))
-    fail("d_c_n, d_c_all, needs[2]: expected None, None, False for cell '", p.cell->name, "', got a request");
-  b.tape = keep(p, tape, "tape", {b.D, p.N, tape_width(p)}, "(D, N, tape width)", p.compute);
-  if (d_output) {
-    const Shape shape = p.packed ? Shape{p.N, b.D * b.P} : Shape{b.T, b.B, b.D * b.P};
-    check_tensor(*d_output, "d_output", p.dtype, shape, p.packed ? "(N, D*P)" : "(T, B, D*P)");
-    d_output = rows_contiguous(*d_output);
-    b.dy = rows_of(*d_output, p.packed);
-  }
-  const Shape h_shape = one_step ? Shape{b.B, b.P} : Shape{b.D, b.B, b.P};
-  const Shape c_shape = one_step ? Shape{b.B, b.H} : Shape{b.D, b.B, b.H};
-  b.dh_n = keep(p, d_h_n, "d_h_n", h_shape, one_step ? "(B, P)" : "(D, B, P)", p.dtype);
-  b.dc_n = keep(p, d_c_n, "d_c_n", c_shape, one_step ? "(B, H)" : "(D, B, H)", p.dtype);
-  b.dh_all = keep(p, d_h_all, "d_h_all", {b.D, b.T, b.B, b.P}, "(D, T, B, P)", p.dtype);
-  b.dc_all = keep(p, d_c_all, "d_c_all", {b.D, b.T, b.B, b.H}, "(D, T, B, H)", p.dtype);
+  const auto needs = reader.take<std::vector<bool>>();
+  stack[0] = stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, 1, needs));
+}
 
-  std::vector<Tensor> results;
-  for (size_t i = 0; i < needs.size(); ++i) results.push_back(empty({0}, p.dtype));
-  if (needs[0]) {
-    b.dx_is_compute = b.D == 2 && p.dtype != p.compute;
-    const int32_t dtype = b.dx_is_compute ? p.compute : p.dtype;
-    const bool flat = p.packed || one_step;
-    results[0] = flat ? empty({p.N, b.I}, dtype) : empty_rows(b.T, b.B, b.I, batch_major, dtype);
-    const ConstRows rows = rows_of(results[0], flat);
-    b.dx = {results[0].data_ptr(), rows.step, rows.row};
-  }
-  if (needs[1]) b.dh0 = (results[1] = empty(h_shape.list(), p.dtype)).data_ptr();
-  if (needs[2]) b.dc0 = (results[2] = empty(c_shape.list(), p.dtype)).data_ptr();
-  for (size_t k = 0; k < a.weights.size(); ++k) {
-    if (!needs[3 + k]) continue;
-    auto& to = b.gradients[k / p.per_direction];
-    const size_t i = k % p.per_direction;
-    void** places[5] = {&to.w_ih, &to.w_hh, &to.b_ih, &to.b_hh, &to.w_hr};
-    Tensor& result = results[3 + k];
-    result = empty_block(sizes_of(a.weights[k]), p.compute, compute_size(p));
-    *places[p.layer.projected && i == p.per_direction - 1 ? 4 : i] = result.data_ptr();
-    if (!b.B) std::memset(result.data_ptr(), 0, result.numel() * result.element_size());
-  }
-  if (b.B) current().backward(b, team());
-  if (p.dtype != p.compute)
-    for (size_t k = 0; k < needs.size(); ++k)
-      if (needs[k] && (k >= 3 || (k == 0 && b.dx_is_compute)))
-        results[k] = stable::to(results[k], p.input.scalar_type());
-  stack[0] = stable::detail::from(results);
+void stack_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Reader reader(stack);
+  const Arguments a = take_arguments(reader);
+  const auto list = reader.take<std::vector<Tensor>>();
+  Incoming incoming;
+  for (auto* gradient : {&incoming.d_output, &incoming.d_h_n, &incoming.d_c_n}) *gradient = reader.take_optional();
+  const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
+  const int64_t count = reader.take<int64_t>();
+  const auto needs = reader.take<std::vector<bool>>();
+  weights_per_layer(a, count);  // which checks that count is one
+  if (a.input.defined() && a.input.dim() == 2 && !a.batch_sizes)
+    fail("input: expected 3 dimensions (T, B, input_size), got shape ", shape_of(a.input));
+  const Saved saved(list, count);
+  stack[0] = stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, count, needs));
 }
 
 }  // namespace
@@ -311,8 +440,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, Tensor c_all, Tensor tape)");
   m.def(
       "stack(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? reset, bool bidirectional, bool batch_major, int num_layers) -> (Tensor output, Tensor h_n, Tensor "
-      "c_n)");
+      "Tensor? reset, bool bidirectional, bool batch_major, int num_layers, int saved_from) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor[] saved)");
   m.def("pack(str cell, Tensor[] weights, bool bidirectional, int num_layers) -> Tensor");
   m.def(
       "frozen(Tensor packed, Tensor input, Tensor? h0=None, Tensor? c0=None, bool batch_first=False, Tensor? "
@@ -324,6 +453,10 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "layer_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
       "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs) -> Tensor[]");
+  m.def(
+      "stack_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
+      "Tensor? lengths, Tensor? reset, Tensor[] saved, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
+      "bool bidirectional, bool batch_major, int num_layers, bool[] needs) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
@@ -333,4 +466,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("frozen", &fastrnn::frozen);
   m.impl("step", &fastrnn::step);
   m.impl("layer_backward", &fastrnn::layer_backward);
+  m.impl("stack_backward", &fastrnn::stack_backward);
 }

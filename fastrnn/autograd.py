@@ -1,7 +1,7 @@
-"""The one autograd.Function: a layer on the kernels, with back-propagation through time on the kernels.
+"""The autograd.Functions: layers on the kernels, or one step, with back-propagation through time on the kernels.
 
 Bypassed when nothing needs a gradient. A backward that is itself to be differentiated (create_graph) recomputes the
-layer through reference.py, so second and higher derivatives are right.
+layers through reference.py, so second and higher derivatives are right.
 """
 
 from __future__ import annotations
@@ -12,29 +12,35 @@ from torch import Tensor
 from fastrnn import ops, reference
 
 
-class _Layer(torch.autograd.Function):
+class _Layers(torch.autograd.Function):
+    """Layers on top of each other, in one call each way: a Function costs more than a small layer."""
+
     # ctx in forward, not setup_context, which costs twice as much a call and is only for function transforms; those
     # never come here. `output` is not saved: callers may change it in place before backward, as torch lets them.
     @staticmethod
     def forward(
-        ctx, cell, bidirectional, batch_major, all_states, slots, batch_sizes, lengths, reset, *tensors
-    ) -> tuple[Tensor, ...]:
+        ctx, cell, num_layers, saved_from, bidirectional, batch_major, all_states, slots, batch_sizes, lengths, reset,
+        *tensors,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         input, h0, c0, *weights = tensors if slots is None else _spread(tensors, slots)
-        output, h_n, c_n, h_all, c_all, tape = ops.layer(
-            cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, True
-        )
-        ctx.save_for_backward(batch_sizes, lengths, reset, tape, *tensors)
+        arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major)
+        if num_layers == 1:
+            output, h_n, c_n, h_all, c_all, *saved = ops.layer(*arguments, all_states, True)
+        else:
+            output, h_n, c_n, saved = ops.stack(*arguments, num_layers, saved_from)
+        ctx.save_for_backward(batch_sizes, lengths, reset, *tensors, *saved)
         ctx.set_materialize_grads(False)
-        ctx.arguments = (cell, bidirectional, batch_major, all_states, slots)
+        ctx.arguments = (cell, num_layers, bidirectional, batch_major, all_states, slots)
         if cell != "lstm":
             return (output, h_n, h_all) if all_states else (output, h_n)
         return (output, h_n, c_n, h_all, c_all) if all_states else (output, h_n, c_n)
 
     @staticmethod
     def backward(ctx, *grads):
-        cell, bidirectional, batch_major, all_states, slots = ctx.arguments
-        batch_sizes, lengths, reset, tape, *tensors = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[8:])
+        cell, num_layers, bidirectional, batch_major, all_states, slots = ctx.arguments
+        needed = list(ctx.needs_input_grad[10:])
+        batch_sizes, lengths, reset, *rest = ctx.saved_tensors
+        tensors, saved = rest[: len(needed)], rest[len(needed) :]
         if slots is None:
             spread, needs = tensors, needed
         else:
@@ -47,18 +53,24 @@ class _Layer(torch.autograd.Function):
         else:
             d_output, d_h_n, d_c_n, d_h_all, d_c_all = (*grads, None, None)[:5]
 
-        incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            arguments = (cell, batch_sizes, lengths, reset, bidirectional, all_states)
+            arguments = (batch_sizes, lengths, reset, bidirectional, all_states)
             with torch.autocast(input.device.type, enabled=False):
-                results = _differentiable(arguments, spread, needs, incoming)
+                incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
+                results = _differentiable(cell, num_layers, spread, arguments, needs, incoming)
         else:
-            arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, *incoming)
-            results = ops.layer_backward(*arguments, bidirectional, batch_major, needs)
+            arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset)
+            directions = (bidirectional, batch_major)
+            if num_layers == 1:
+                incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
+                results = ops.layer_backward(*arguments, *saved, *incoming, *directions, needs)
+            else:
+                incoming = (d_output, d_h_n, d_c_n)
+                results = ops.stack_backward(*arguments, saved, *incoming, *directions, num_layers, needs)
             results = [r if n else None for r, n in zip(results, needs)]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
-        return (None,) * 8 + tuple(results)
+        return (None,) * 10 + tuple(results)
 
 
 class _Step(torch.autograd.Function):
@@ -82,10 +94,10 @@ class _Step(torch.autograd.Function):
         needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             d_h, d_c = None if d_h is None else d_h[None], None if d_c is None else d_c[None]
-            arguments, grads = (cell, None, None, None, False, False), (None, d_h, d_c, None, None)
+            arguments, grads = (None, None, None, False, False), (None, d_h, d_c, None, None)
             lifted = [*(None if t is None else t[None] for t in spread[:3]), *spread[3:]]
             with torch.autocast(spread[0].device.type, enabled=False):
-                results = _differentiable(arguments, lifted, needs, grads)
+                results = _differentiable(cell, 1, lifted, arguments, needs, grads)
             results[:3] = [None if r is None else r.squeeze(0) for r in results[:3]]
         else:
             input, h0, c0, *weights = spread
@@ -128,13 +140,12 @@ def _unique(tensors):
     return unique, tuple(slots)
 
 
-def _differentiable(arguments, tensors, needs, grads):
+def _differentiable(cell, num_layers, tensors, arguments, needs, grads):
     """The gradients as a differentiable function of the saved tensors and of the incoming gradients."""
-    cell, batch_sizes, lengths, reset, bidirectional, all_states = arguments
     # A fresh alias for each argument, because an argument may be used twice, or be computed from another one, and its
     # gradient here is that of its own place alone.
     alias = [None if t is None else t.view_as(t) for t in tensors]
-    outputs = reference.layer(cell, *alias[:3], alias[3:], batch_sizes, lengths, reset, bidirectional, all_states)
+    outputs = reference.layers(cell, num_layers, *alias[:3], alias[3:], *arguments)
     pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and g is not None and o.requires_grad]
     wanted = [a for a, n in zip(alias, needs) if n]
     found = iter(())
@@ -144,8 +155,9 @@ def _differentiable(arguments, tensors, needs, grads):
     return [next(found, None) if n else None for n in needs]
 
 
-def layer(
+def layers(
     cell: str,
+    num_layers: int,
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -157,12 +169,18 @@ def layer(
     batch_major: bool,
     all_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`ops.layer`, differentiable. Returns output, h_n, c_n, h_all, c_all; None for what the cell or call has not."""
+    """`ops.layer`, or `ops.stack` where there are several, differentiable; all_states for one layer alone.
+
+    Returns output, h_n, c_n, h_all, c_all; None for what the cell or call has not.
+    """
+    lstm = cell == "lstm"
+    arguments = (bidirectional, batch_major, all_states)
     if not needed(input, h0, c0, weights):
-        output, h_n, c_n, h_all, c_all, _ = ops.layer(
-            cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, False
-        )
-        lstm = cell == "lstm"
+        given = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major)
+        if num_layers > 1:
+            output, h_n, c_n, _ = ops.stack(*given, num_layers, num_layers)
+            return output, h_n, c_n if lstm else None, None, None
+        output, h_n, c_n, h_all, c_all, _ = ops.layer(*given, all_states, False)
         return (
             output,
             h_n,
@@ -170,14 +188,23 @@ def layer(
             h_all if all_states else None,
             c_all if lstm and all_states else None,
         )
+    saved_from = _first_needed(input, h0, c0, weights, num_layers) if num_layers > 1 else 0
     tensors, slots = (input, h0, c0, *weights), None
     if torch.compiler.is_compiling():  # Dynamo refuses a Function that is given one tensor twice; eager does not mind
         tensors, slots = _unique(tensors)
-    found = _Layer.apply(cell, bidirectional, batch_major, all_states, slots, batch_sizes, lengths, reset, *tensors)
-    if cell == "lstm":
+    found = _Layers.apply(cell, num_layers, saved_from, *arguments, slots, batch_sizes, lengths, reset, *tensors)
+    if lstm:
         return found if all_states else (*found, None, None)
     output, h_n, *h_all = found
     return output, h_n, None, h_all[0] if all_states else None, None
+
+
+def _first_needed(input, h0, c0, weights, num_layers: int) -> int:
+    """The first layer that a gradient is wanted of; those below save nothing for backward."""
+    if any(t is not None and t.requires_grad for t in (input, h0, c0)):
+        return 0
+    per = len(weights) // num_layers
+    return next(k for k, w in enumerate(weights) if w.requires_grad) // per
 
 
 def step(

@@ -19,10 +19,9 @@ class Plan:
     why: in words.  cell: the cell's name.  dtype: what it computes in (None where torch decides).
     isa: the instruction set of the kernels, threads: torch's; both None on another path.
     layers: the sizes of each layer.
-    splits: how the forward pass of each layer would be shared out among the threads (small layers, where nothing is
-        recorded for backward, as a wavefront), and what its speed is limited by, both by the kernels' cost model; in
-        words. Empty on another path. Never more threads than the control group's
-        CPU quota. Results do not depend on it.
+    splits: how the forward pass of each layer would be shared out among the threads (small layers on top of each
+        other as a wavefront), and what its speed is limited by, both by the kernels' cost model; in words. Empty on
+        another path. Never more threads than the control group's CPU quota. Results do not depend on it.
     """
 
     path: str
@@ -129,9 +128,14 @@ def _explain_sequence(module, input, hx, extended: bool, ragged: bool, all_state
         return _plan(Route(TORCH, why), cell, layers)
     h0, c0 = call.hx if cell == "lstm" and call.hx is not None else (call.hx, None)
     route = plan(cell, call.data, h0, c0, call.weights, not call.packed, extended)
-    dropout = module.dropout if module.num_layers > 1 else 0
-    at_once = functional.in_one_call(route, call.data, h0, c0, call.weights, dropout, module.training, all_states)
-    kept = at_once and route is SERVED.get(route.work) and frozen.kept(module, call.data) is not None
+    at_once = functional.in_one_call(route, module.num_layers, module.dropout, module.training, all_states)
+    kept = (
+        at_once
+        and not all_states
+        and route is SERVED.get(route.work)
+        and frozen.kept(module, call.data) is not None
+        and not autograd.needed(call.data, h0, c0, call.weights)
+    )
     return _plan(route, cell, layers, at_once and not (ragged or call.packed), kept)
 
 

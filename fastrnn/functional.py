@@ -64,21 +64,20 @@ def run(
         reset = reset.to(x.device)
 
     D = 2 if bidirectional else 1
-    at_once = (packed is not None or num_layers > 1) and in_one_call(
-        route, x, h0, c0, weights, num_layers > 1 and dropout, training, all_states
-    )
-    if at_once and packed is not None and route is SERVED.get(work):
+    at_once = in_one_call(route, num_layers, dropout, training, all_states)
+    if (
+        packed is not None
+        and at_once
+        and not all_states
+        and route is SERVED.get(work)
+        and not autograd.needed(x, h0, c0, weights)
+    ):
         output, h_n, c_n = ops.frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset)
         return output, h_n, c_n if cell == "lstm" else None, None, None
-    if num_layers == 1:
-        output, h_n, c_n, h_all, c_all = _layer(
-            route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states
+    if at_once:
+        output, h_n, c_n, h_all, c_all = autograd.layers(
+            cell, num_layers, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states
         )
-    elif at_once:
-        output, h_n, c_n = ops.stack(
-            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, num_layers
-        )
-        c_n, h_all, c_all = c_n if cell == "lstm" else None, None, None
     else:
         per = len(weights) // num_layers
         layers = []
@@ -113,20 +112,15 @@ def run(
     return output, h_n, c_n, h_all, c_all
 
 
-def in_one_call(route, x, h0, c0, weights, dropout, training, all_states) -> bool:
+def in_one_call(route, num_layers, dropout, training, all_states) -> bool:
     """Whether all layers of a call go to the kernels at once: where nothing has to happen between them."""
-    return (
-        route.path is KERNEL
-        and not all_states
-        and not (dropout and training)
-        and not autograd.needed(x, h0, c0, weights)
-    )
+    return route.path is KERNEL and (num_layers == 1 or not (all_states or (dropout and training)))
 
 
 def _layer(route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states):
     if route.path is KERNEL:
-        return autograd.layer(
-            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states
+        return autograd.layers(
+            cell, 1, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states
         )
     with _autocast_off(x):
         output, *states = reference.layer(

@@ -48,6 +48,7 @@ _layer = torch.ops.fastrnn.layer.default
 _layer_backward = torch.ops.fastrnn.layer_backward.default
 _step = torch.ops.fastrnn.step.default
 _stack = torch.ops.fastrnn.stack.default
+_stack_backward = torch.ops.fastrnn.stack_backward.default
 _pack = torch.ops.fastrnn.pack.default
 _frozen = torch.ops.fastrnn.frozen.default
 
@@ -104,19 +105,24 @@ def stack(
     bidirectional: bool,
     batch_major: bool,
     num_layers: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Layers on top of each other, in one call, without what `layer_backward` needs. Small layers run as a wavefront
-    over time, on a thread each.
+    saved_from: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Layers on top of each other, in one call. Small layers run as a wavefront over time, on a thread each.
 
-    Arguments as for `layer`, with h0 (L*D, B, P), c0 (L*D, B, H) and the weights of all layers.
+    Arguments as for `layer`, with h0 (L*D, B, P), c0 (L*D, B, H) and the weights of all layers. saved_from: the first
+    layer that `stack_backward` is to give gradients of; num_layers for none.
 
     Returns:
-        output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H; shape (0,) for a cell without one).
+        output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H; shape (0,) for a cell without one), and what
+        `stack_backward` needs beside the arguments: the tapes and the inputs of the layers from saved_from on, but not
+        `input` itself.
 
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _stack(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers)
+    return _stack(
+        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers, saved_from
+    )
 
 
 def pack(cell: str, weights: list[Tensor], bidirectional: bool, num_layers: int) -> Tensor:
@@ -223,6 +229,46 @@ def layer_backward(
     )
 
 
+def stack_backward(
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    saved: list[Tensor],
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    bidirectional: bool,
+    batch_major: bool,
+    num_layers: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Back-propagation through time for the same arguments as `stack` and what it saved. All else as for
+    `layer_backward`."""
+    return _stack_backward(
+        cell,
+        input,
+        h0,
+        c0,
+        weights,
+        batch_sizes,
+        lengths,
+        reset,
+        saved,
+        d_output,
+        d_h_n,
+        d_c_n,
+        bidirectional,
+        batch_major,
+        num_layers,
+        needs,
+    )
+
+
 def _rows(like: Tensor, T, B, columns, batch_major: bool) -> Tensor:
     """An empty (T, B, columns), laid out as (B, T, columns) when batch_major."""
     if batch_major:
@@ -268,12 +314,17 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
 
 
 @torch.library.register_fake("fastrnn::stack")
-def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers):
+def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers, saved_from):
     D = 2 if bidirectional else 1
-    T, B, N, H, P, _projection = _sizes(cell, input, weights, D, num_layers, batch_sizes, h0, c0, reset)
-    output = _rows(input, T, B, D * P, batch_major) if batch_sizes is None else input.new_empty(N, D * P)
+    T, B, N, H, P, projection = _sizes(cell, input, weights, D, num_layers, batch_sizes, h0, c0, reset)
+
+    def rows(batch_major):
+        return _rows(input, T, B, D * P, batch_major) if batch_sizes is None else input.new_empty(N, D * P)
+
     c_n = input.new_empty(num_layers * D, B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
-    return output, input.new_empty(num_layers * D, B, P), c_n
+    saved = [_tape(cell, input, (D, N), H, P, projection, True) for _ in range(saved_from, num_layers)]
+    saved += [rows(False) for _ in range(max(saved_from, 1), num_layers)]
+    return rows(batch_major), input.new_empty(num_layers * D, B, P), c_n, saved
 
 
 @torch.library.register_fake("fastrnn::step")
@@ -283,26 +334,7 @@ def _(cell, input, h0, c0, weights, save):
     return h, c, _tape(cell, input, (1, B), H, P, len(weights) % 2 == 1, save)
 
 
-@torch.library.register_fake("fastrnn::layer_backward")
-def _(
-    cell,
-    input,
-    h0,
-    c0,
-    weights,
-    batch_sizes,
-    lengths,
-    reset,
-    tape,
-    d_output,
-    d_h_n,
-    d_c_n,
-    d_h_all,
-    d_c_all,
-    bidirectional,
-    batch_major,
-    needs,
-):
+def _fake_backward(input, batch_major, needs, *others):
     def gradient(needed, of):
         return input.new_empty(of.shape if needed else 0)
 
@@ -310,8 +342,19 @@ def _(
         d_input = _rows(input, *input.shape, batch_major)
     else:
         d_input = gradient(needs[0], input)
-    others = zip(needs[1:], [h0, c0, *weights], strict=True)
-    return [d_input, *(gradient(needed, of) for needed, of in others)]
+    return [d_input, *(gradient(needed, of) for needed, of in zip(needs[1:], others, strict=True))]
+
+
+@torch.library.register_fake("fastrnn::layer_backward")
+def _(cell, input, h0, c0, weights, *args):
+    *_, batch_major, needs = args
+    return _fake_backward(input, batch_major, needs, h0, c0, *weights)
+
+
+@torch.library.register_fake("fastrnn::stack_backward")
+def _(cell, input, h0, c0, weights, *args):
+    *_, batch_major, _num_layers, needs = args
+    return _fake_backward(input, batch_major, needs, h0, c0, *weights)
 
 
 def _products(cell: str, input, weights, bidirectional: bool) -> tuple[int, int, int]:
@@ -332,15 +375,20 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
     return sum(_products(cell, input, weights, bidirectional))
 
 
+def _layers(input, weights, bidirectional: bool, num_layers: int):
+    """The shapes of each layer's input and weights."""
+    per = len(weights) // num_layers
+    for k in range(num_layers):
+        part = weights[k * per : (k + 1) * per]
+        yield input, part
+        input = (*input[:-1], (2 if bidirectional else 1) * part[1][1])
+
+
 @register_flop_formula(torch.ops.fastrnn.stack)
 def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, *args, out_shape=None, **kwargs) -> int:
-    num_layers = args[-1]
-    per = len(weights) // num_layers
-    first = sum(_products(cell, input, weights[:per], bidirectional))
-    if num_layers == 1:
-        return first
-    into = (*input[:-1], (2 if bidirectional else 1) * weights[1][1])
-    return first + (num_layers - 1) * sum(_products(cell, into, weights[per : 2 * per], bidirectional))
+    _batch_major, num_layers, _saved_from = args
+    layers = _layers(input, weights, bidirectional, num_layers)
+    return sum(sum(_products(cell, x, part, bidirectional)) for x, part in layers)
 
 
 @register_flop_formula(torch.ops.fastrnn.step)
@@ -348,14 +396,31 @@ def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
     return sum(_products(cell, input, weights, False))
 
 
-@register_flop_formula(torch.ops.fastrnn.layer_backward)
-def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
-    bidirectional, _batch_major, needs = args[-3:]
+def _backward_flops(cell: str, input, weights, bidirectional: bool, needs_input: bool, needs) -> int:
+    """Of one layer; needs: of its weights."""
     into_input, recurrent, state = _products(cell, input, weights, bidirectional)
     D = 2 if bidirectional else 1
     per = len(weights) // D
-    total = into_input * needs[0] + recurrent + state
+    total = into_input * needs_input + recurrent + state
     for d in range(D):
-        needed = needs[3 + d * per : 3 + (d + 1) * per]
+        needed = needs[d * per : (d + 1) * per]
         total += (into_input * needed[0] + recurrent * needed[1] + (state * needed[-1] if state else 0)) // D
+    return total
+
+
+@register_flop_formula(torch.ops.fastrnn.layer_backward)
+def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
+    bidirectional, _batch_major, needs = args[-3:]
+    return _backward_flops(cell, input, weights, bidirectional, needs[0], needs[3:])
+
+
+@register_flop_formula(torch.ops.fastrnn.stack_backward)
+def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
+    bidirectional, _batch_major, num_layers, needs = args[-4:]
+    total, below, per = 0, any(needs[:3]), len(weights) // num_layers
+    for k, (x, part) in enumerate(_layers(input, weights, bidirectional, num_layers)):
+        needed = needs[3 + k * per : 3 + (k + 1) * per]
+        needs_input = below if k else needs[0]  # whether anything below wants a gradient
+        below = below or any(needed)
+        total += _backward_flops(cell, x, part, bidirectional, needs_input, needed) if below else 0
     return total

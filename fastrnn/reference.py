@@ -143,3 +143,15 @@ def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = present.flatten().nonzero().squeeze(1).to(data.device)
     padded = data.new_zeros(T * B, data.size(1)).index_copy(0, rows, data)
     return padded.reshape(T, B, data.size(1)), rows, present.sum(0)
+
+
+def layers(cell, num_layers, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states):
+    """`num_layers` of `layer` on top of each other: h0 and c0, the weights and the results but output of all layers."""
+    D, per = 2 if bidirectional else 1, len(weights) // num_layers
+    states, output = [], input
+    for k in range(num_layers):
+        h, c = (None if t is None else t[k * D : (k + 1) * D] for t in (h0, c0))
+        part = weights[k * per : (k + 1) * per]
+        output, *found = layer(cell, output, h, c, part, batch_sizes, lengths, reset, bidirectional, all_states)
+        states.append(found)
+    return output, *(None if parts[0] is None else torch.cat(parts) for parts in zip(*states))

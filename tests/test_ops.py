@@ -14,6 +14,7 @@ from fastrnn import ops
 
 LAYER, BACKWARD = torch.ops.fastrnn.layer.default, torch.ops.fastrnn.layer_backward.default
 STEP, STACK = torch.ops.fastrnn.step.default, torch.ops.fastrnn.stack.default
+STACK_BACKWARD = torch.ops.fastrnn.stack_backward.default
 CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 OPTIONS = ["plain", "everything", "packed", "batch major", "empty batch", "no bias"]
 FIELDS = ["cell", "input", "h0", "c0", "weights", "batch_sizes", "lengths", "reset"]
@@ -88,21 +89,59 @@ def test_opcheck(cell, option, dtype):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
 def test_stack_is_its_layers(cell, option, dtype):
+    """Forward and back, bit for bit, whatever is saved and wanted."""
     cell, *projected = cell.split()
-    first = arguments(cell, dtype, option, proj=2 if projected else 0) | dict(all_states=False, save=False)
-    second = arguments(cell, dtype, option, I=2 * (2 if projected else 5), proj=2 if projected else 0) | {
-        k: first[k] for k in ("all_states", "save")
-    }
+    lstm, proj = cell == "lstm", 2 if projected else 0
+    first = arguments(cell, dtype, option, proj=proj) | dict(all_states=False)
+    second = arguments(cell, dtype, option, I=2 * (proj or 5), proj=proj) | dict(all_states=False)
+    first["batch_major"] = False  # the layout of the stack's input and output alone
     output, *states = LAYER(*first.values())[:3]
-    expected, *more = LAYER(*(second | dict(input=output)).values())[:3]
+    second["input"] = output
+    expected, *more = LAYER(*second.values())[:3]
     both = [None if first[k] is None else torch.cat([first[k], second[k]]) for k in ("h0", "c0")]
-    a = [cell, first["input"], *both, first["weights"] + second["weights"], *[first[k] for k in FIELDS[5:10]], 2]
-    found = STACK(*a)
-    assert found[0].equal(expected)
-    assert found[0].stride() == expected.stride()
-    assert found[1].equal(torch.cat([states[0], more[0]]))
-    assert found[2].equal(torch.cat([states[1], more[1]]))
-    opcheck(STACK, tuple(a))
+    weights = first["weights"] + second["weights"]
+    given = (cell, first["input"], *both, weights, *(first[k] for k in FIELDS[5:8]))
+    layout = (True, second["batch_major"], 2)
+    saved = {}
+    for saved_from in (0, 1, 2):
+        found = STACK(*given, *layout, saved_from)
+        assert found[0].equal(expected)
+        assert found[0].stride() == expected.stride()
+        assert found[1].equal(torch.cat([states[0], more[0]]))
+        assert found[2].equal(torch.cat([states[1], more[1]]))
+        saved[saved_from] = found[3]
+        if dtype == torch.float32:
+            opcheck(STACK, (*given, *layout, saved_from))
+
+    upper = backward_arguments(second)
+    lower = backward_arguments(first)
+    incoming = [upper["d_output"]] + [
+        torch.cat([lower[k], upper[k]]) if upper[k] is not None else None for k in ("d_h_n", "d_c_n")
+    ]
+    of_upper = BACKWARD(*(upper | dict(batch_major=False)).values())
+    of_lower = BACKWARD(*(lower | dict(d_output=of_upper[0], batch_major=layout[1])).values())
+    states = [torch.cat(pair) for pair in zip(of_lower[1:3], of_upper[1:3])]
+    gradients = [of_lower[0], *states, *of_lower[3:], *of_upper[3:]]
+    n, none, every = len(weights), [False] * 3, [True, True, lstm]
+    for saved_from, needs in (
+        (0, every + [True] * n),
+        (0, none + [True] + [False] * (n - 1)),
+        (0, [True, False, False] + [False] * n),
+        (0, [False, True, False] + [False] * n),
+        (0, none + [False] * (n // 2) + [True] * (n // 2)),
+        (1, none + [False] * (n // 2) + [True] * (n // 2)),
+        (1, none + [False] * (n - 1) + [True]),
+    ):
+        b = (*given, saved[saved_from], *incoming, *layout, needs)
+        found = STACK_BACKWARD(*b)
+        for mine, gradient, needed in zip(found, gradients, needs, strict=True):
+            assert mine.equal(gradient) if needed else mine.numel() == 0
+        if needs[0]:
+            assert found[0].stride() == of_lower[0].stride()
+        if dtype == torch.float32 and sum(needs) > 1:
+            opcheck(STACK_BACKWARD, b)
+    with pytest.raises(RuntimeError, match="needs: expected nothing for the layers below 1"):
+        STACK_BACKWARD(*given, saved[1], *incoming, *layout, every + [True] * n)
 
 
 def test_stack_names_what_is_wrong():
@@ -110,14 +149,47 @@ def test_stack_names_what_is_wrong():
     common = [a[k] for k in FIELDS[5:10]]
     weights = a["weights"]
     for arguments_, message in (
-        ((a["input"], None, None, weights, *common, 3), r"num_layers: expected a number of layers that the 8 weights"),
-        ((a["input"], None, None, weights, *common, 0), r"num_layers: expected .* got 0"),
-        ((a["input"], a["h0"], None, weights * 2, *common, 2), r"h0: expected shape \(L\*D, B, P\) = \(4, 3, 5\)"),
-        ((a["input"], None, None, weights * 2, *common, 2), r"w_ih\): expected shape \(3\*H, I\) = \(15, 10\)"),
-        ((a["input"], None, a["h0"], weights, *common, 1), r"c0: expected None for cell 'gru', got a tensor"),
+        ((a["input"], None, None, weights, *common, 3, 3), r"num_layers: expected a number of layers that the 8 weigh"),
+        ((a["input"], None, None, weights, *common, 0, 0), r"num_layers: expected .* got 0"),
+        ((a["input"], a["h0"], None, weights * 2, *common, 2, 2), r"h0: expected shape \(L\*D, B, P\) = \(4, 3, 5\)"),
+        ((a["input"], None, None, weights * 2, *common, 2, 2), r"w_ih\): expected shape \(3\*H, I\) = \(15, 10\)"),
+        ((a["input"], None, a["h0"], weights, *common, 1, 1), r"c0: expected None for cell 'gru', got a tensor"),
+        ((a["input"], None, None, weights, *common, 1, 2), r"saved_from: expected 0 to num_layers = 1, got 2"),
+        ((a["input"], None, None, weights, *common, 1, -1), r"saved_from: expected 0 to num_layers = 1, got -1"),
     ):
         with pytest.raises(RuntimeError, match=message):
             STACK("gru", *arguments_)
+
+
+def test_stack_backward_names_what_is_wrong():
+    lower, upper = arguments("gru"), arguments("gru", I=10)
+    weights, ragged = lower["weights"] + upper["weights"], [lower[k] for k in FIELDS[5:8]]
+    given = dict(cell="gru", input=lower["input"], h0=None, c0=None, weights=weights)
+    given |= dict(zip(FIELDS[5:8], ragged))
+    output, h_n, _c_n, saved = STACK(*given.values(), True, False, 2, 0)
+    given |= dict(saved=saved, d_output=output, d_h_n=h_n, d_c_n=None, bidirectional=True, batch_major=False)
+    given |= dict(num_layers=2, needs=[True, False, False] + [True] * len(weights))
+    assert len(STACK_BACKWARD(*given.values())) == 3 + len(weights)
+    tape, second, inner = saved
+    for name, value, message in (
+        ("saved", [tape] * 5, r"saved: expected what stack returned for 2 layers, got 5 tensors"),
+        ("saved", [tape], r"saved: expected what stack returned for 2 layers, got 1 tensors"),
+        ("saved", [tape] * 4, r"saved: expected what stack returned for 2 layers, got 4 tensors"),
+        ("saved", [], r"needs: expected nothing for the layers below 2"),
+        ("saved", [tape, second[:, 1:], inner], r"tape: expected shape \(D, N, tape width\)"),
+        ("saved", [tape, second, inner[1:]], r"tape: expected shape"),
+        ("saved", [tape, second, inner[..., 1:]], r"w_ih\): expected shape"),
+        ("d_output", output[1:], r"d_output: expected shape"),
+        ("d_h_n", h_n[1:], r"d_h_n: expected shape \(L\*D, B, P\) = \(4, 3, 5\)"),
+        ("d_c_n", h_n, r"d_c_n.*: expected None"),
+        ("num_layers", 3, r"num_layers: expected a number of layers that the 16 weights"),
+        ("num_layers", 0, r"num_layers: expected .* got 0"),
+        ("needs", [True], r"needs: expected one value for"),
+        ("input", lower["input"][0], r"input: expected 3 dimensions"),
+        ("input", lower["input"][1:], r"saved: expected the inputs of all layers to have T"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            STACK_BACKWARD(*(given | {name: value}).values())
 
 
 def step_arguments(cell, dtype=torch.float32, hx=True, proj=0, B=3, I=7, H=37):
@@ -316,16 +388,33 @@ def test_flops_are_torchs_for_the_same_work():
 
 def test_flops_of_layers_in_one_call():
     rnn, x = fastrnn.LSTM(5, 7, 3, bidirectional=True, proj_size=3), torch.randn(6, 4, 5)
-    counts = []
-    for recorded in (True, False):
-        with torch.set_grad_enabled(recorded), FlopCounterMode(display=False) as counter:
-            rnn(x)
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+    expected = 0
+    for k, width in enumerate((5, 6, 6)):
+        layer = fastrnn.LSTM(width, 7, bidirectional=True, proj_size=3)
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(6, 4, width, requires_grad=k > 0))[0].sum().backward()
+        expected += counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        rnn(x)[0].sum().backward()
+    assert counter.get_total_flops() == expected > 0
+    rnn.requires_grad_(False)
+    rnn.weight_hh_l1.requires_grad_()  # backward ends there
+    with FlopCounterMode(display=False) as counter:
+        output = rnn(x)[0]
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    rows, gates, both = 2 * 6 * 4, 4 * 7, 2
+    recurrent, state = rows * both * gates * 3, rows * both * 7 * 3
+    # of the third layer input and recurrence, of the second recurrence, and one direction's weight
+    assert counter.get_total_flops() == rows * both * gates * 6 + 2 * (recurrent + state) + recurrent // 2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        rnn(x)
+    assert counter.get_total_flops() == forward
 
 
 def test_schemas_are_functional():
-    for op in (LAYER, BACKWARD, STEP, STACK):
+    for op in (LAYER, BACKWARD, STEP, STACK, STACK_BACKWARD):
         assert not op._schema.is_mutable
         assert torch.Tag.pt2_compliant_tag in op.tags or not op.tags
 

@@ -303,21 +303,57 @@ def stack(kind, T=75, B=3, I=11, H=70, layers=3, dtype=torch.float32, hx=True, r
     if packed:
         x = pack_padded_sequence(x, torch.randint(1, T + 1, (B,)), enforce_sorted=False)
     hx = None if not hx else states if kind == "LSTM" else states[0]
-    return lambda: [t.detach() for t in tensors_in(rnn(x, hx, **given))]
+    wanted = [x.data if packed else x, *(states if hx is not None and kind == "LSTM" else [] if hx is None else [hx])]
+
+    def call(gradients=False):
+        for tensor in wanted:
+            tensor.requires_grad_(gradients)
+        results = tensors_in(rnn(x, hx, **given))
+        if not gradients:
+            return [t.detach() for t in results]
+        loss = sum((t.float() * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in results)
+        found = torch.autograd.grad(loss, [*wanted, *rnn.parameters()])
+        return [t.detach() for t in (*results, *found)]
+
+    return call
 
 
 @pytest.mark.parametrize("variant", STACKS)
 @pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
 def test_layers_in_one_call_are_the_layers_one_by_one(kind, variant, isa):
-    """Bit for bit, one after the other and as a wavefront. With gradients each layer is a call of its own."""
+    """Bit for bit, one after the other and as a wavefront, forward and back."""
     call = stack(kind, **STACKS[variant])
     with shared_out("serial", 1):
-        expected = call()
+        expected = call(gradients=True)
     assert all(t.isfinite().all() for t in expected)
     for split, threads in (("", 1), ("", 2), ("wavefront", 2), ("wavefront", 3), ("wavefront", 8), ("hidden", 2)):
-        with shared_out(split, threads), torch.no_grad():
-            found = call()
-        assert all(a.equal(b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True)), threads
+        with shared_out(split, threads):
+            with torch.no_grad():
+                found = call()
+            assert all(a.equal(b) and a.stride() == b.stride() for a, b in zip(found, expected)), (split, threads)
+            found = call(gradients=True)
+        assert all(a.equal(b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True)), (
+            split,
+            threads,
+        )
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_layers_below_the_first_that_learns_save_nothing(frozen):
+    """And their gradients are not computed: those of the others are what they are with every layer learning."""
+    torch.manual_seed(0)
+    rnn, x = fastrnn.GRU(5, 9, 3), torch.randn(20, 4, 5)
+    rnn(x)[0].square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in rnn.named_parameters()}
+    rnn.zero_grad()
+    for name, p in rnn.named_parameters():
+        p.requires_grad_(int(name[-1]) >= frozen)
+    output, _ = rnn(x)
+    tapes = [t for t in output.grad_fn.saved_tensors if t is not None and t.dim() == 3 and t.size(-1) >= 3 * 16]
+    assert len(tapes) == 3 - frozen
+    output.square().sum().backward()
+    for name, p in rnn.named_parameters():
+        assert p.grad.equal(expected[name]) if int(name[-1]) >= frozen else p.grad is None
 
 
 def test_a_wavefront_is_chosen_for_small_layers_alone():
@@ -339,14 +375,17 @@ def test_a_wavefront_is_chosen_for_small_layers_alone():
 def test_explain_tells_of_a_wavefront():
     module, x = fastrnn.LSTM(32, 32, 2), torch.randn(500, 1, 32)
     with shared_out("wavefront", 2):
-        assert "wavefront" not in str(fastrnn.explain(module, x))  # backward wants more of each layer
+        plan = fastrnn.explain(module, x)
         with torch.no_grad():
-            plan = fastrnn.explain(module, x)
-            assert "wavefront" not in str(fastrnn.explain(module, x, all_states=True))
-            assert "wavefront" not in str(fastrnn.explain(module, x, lengths=torch.tensor([7])))
-            assert "wavefront" not in str(fastrnn.explain(module, x[:0]))
-            assert "wavefront" not in str(fastrnn.explain(module, x[:, :0]))
-            assert fastrnn.explain(fastrnn.LSTM(32, 32), x).splits[0].startswith("one thread")
+            assert fastrnn.explain(module, x) == plan
+        assert "wavefront" not in str(fastrnn.explain(module, x, all_states=True))
+        assert "wavefront" not in str(fastrnn.explain(module, x, lengths=torch.tensor([7])))
+        assert "wavefront" not in str(fastrnn.explain(module, x[:0]))
+        assert "wavefront" not in str(fastrnn.explain(module, x[:, :0]))
+        assert fastrnn.explain(fastrnn.LSTM(32, 32), x).splits[0].startswith("one thread")
+        between = fastrnn.LSTM(32, 32, 2, dropout=0.5)
+        assert "wavefront" not in str(fastrnn.explain(between, x))
+        assert "wavefront" in str(fastrnn.explain(between.eval(), x))
     assert all(s.startswith("wavefront over time, 2 groups of layers side by side; limit: ") for s in plan.splits)
 
 

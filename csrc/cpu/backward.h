@@ -17,7 +17,6 @@ struct BackwardPass {
   // The tape's last block holds c for the LSTM, h for the others.
   static constexpr int state_block = Cell::tape - 1;
   static constexpr int64_t few_rows = 4;
-  static constexpr int64_t chunk_rows = 256;
 
   const Backward& p;
   const Storage<V> storage{p.dtype};
@@ -89,9 +88,31 @@ struct BackwardPass {
     Workspace workspace;
     lay_out(nullptr);
     lay_out(static_cast<char*>(workspace.reserve(size_t(layout_size))));
-    zero(none, larger(Hp, Pp));
     run_team(team, split.workers, [&](int64_t begin, int64_t end) { work(begin, end); });
   }
+
+  // For a wavefront (stack.h), where one worker has the whole layer: the bytes it needs, taking them, the chunks there
+  // are, some of them, and what comes after the last.
+  int64_t size() {
+    lay_out(nullptr);
+    return layout_size;
+  }
+  void prepare(char* memory) {
+    lay_out(memory);
+    prepare(int64_t(0));
+  }
+  int64_t extent() const { return chunks; }
+  void advance(int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      gather_x(0, 0, k);
+      recur(workers[0], 0, k);
+      reduce(0, 0, k);
+    }
+  }
+  void finish() {
+    if (p.dh0) carry_to_h0(workers[0], 0);
+  }
+  static void* operator new(size_t, void* at) { return at; }
 
  private:
   int64_t layout_size = 0;
@@ -126,6 +147,7 @@ struct BackwardPass {
       w_hr[d] = {projected ? matrix(Packed<V, 1>::count(p.P, p.H)) : nullptr, p.P, blocks};
     }
     none = carve.take<T>(larger(Hp, Pp));
+    if (memory) zero(none, larger(Hp, Pp));
     buffers = carve.take<Buffer>(2 * p.D);
     for (int i = 0; i < 2 * p.D; ++i) {
       const auto& wanted = p.gradients[i / 2];
@@ -201,25 +223,25 @@ struct BackwardPass {
       for (int64_t k = 0; k < chunks; ++k) {
         for (int64_t w = begin; w < end; ++w) gather_x(w, round, k);
         if (split.parts == 1)
-          for (int64_t w = begin; w < recurrent; ++w) {
-            const int d = direction(w, round);
-            for (int64_t i = 0; i < steps(d, k); ++i) {
-              carry(workers[w], d, k, step(d, k, i));
-              if (projected) through_projection(workers[w], d, k, step(d, k, i));
-            }
-          }
+          for (int64_t w = begin; w < recurrent; ++w) recur(workers[w], direction(w, round), k);
         else
           in_step(begin, end, round, k, meet);
         meet.everyone(begin, end);
         for (int64_t w = begin; w < end; ++w) reduce(w, round, k);
       }
       if (p.dh0)
-        for (int64_t w = begin; w < recurrent; ++w) {
-          const int d = direction(w, round);
-          carry(workers[w], d, chunks, d ? p.T : -1);
-        }
+        for (int64_t w = begin; w < recurrent; ++w) carry_to_h0(workers[w], direction(w, round));
     }
   }
+
+  // One chunk of a slice that no other worker has a part of.
+  void recur(Worker& w, int d, int64_t k) {
+    for (int64_t i = 0; i < steps(d, k); ++i) {
+      carry(w, d, k, step(d, k, i));
+      if (projected) through_projection(w, d, k, step(d, k, i));
+    }
+  }
+  void carry_to_h0(Worker& w, int d) { carry(w, d, chunks, d ? p.T : -1); }
 
   // One chunk, where the parts of a slice meet after each step. All threads count the same steps, also for a direction
   // whose chunk has fewer.

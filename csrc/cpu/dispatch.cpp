@@ -103,9 +103,9 @@ FASTRNN_EXPORT Split plan_split(const Layer& layer, int threads) {
   return choose_split(layer, u.cell, threads, u.lanes, u.bytes, u.group);
 }
 
-FASTRNN_EXPORT Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, int threads) {
+FASTRNN_EXPORT Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, bool backward, int threads) {
   const Units u(first);
-  return choose_wavefront(first, upper, count, u.cell, threads, u.lanes, u.bytes, u.group);
+  return choose_wavefront(first, upper, count, backward, u.cell, threads, u.lanes, u.bytes, u.group);
 }
 
 FASTRNN_EXPORT bool force(const char* isa) {

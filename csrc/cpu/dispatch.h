@@ -12,8 +12,10 @@ struct Kernels {
   int fma_chains;   // vectors that limit(0, ...) works on
   void (*forward)(const Forward&, const Team&);
   void (*backward)(const Backward&, const Team&);
-  // `count` layers, each with the output of the one before as its input, as choose_wavefront said.
-  void (*wavefront)(const Forward* layers, int count, const Wavefront&, const Team&);
+  // `count` layers as choose_wavefront said: each with the output of the one before as its input; and from the last to
+  // the first, each with the dx of the one before as its dy.
+  void (*forward_wavefront)(const Forward* layers, int count, const Wavefront&, const Team&);
+  void (*backward_wavefront)(const Backward* layers, int count, const Wavefront&, const Team&);
   // Weights that are kept packed (Weights::packed): the bytes for one direction, and packing them. Of the layer, T, B
   // and x are not asked for.
   int64_t (*packed_size)(const Layer&);
@@ -45,7 +47,7 @@ const Kernels& current();
 // choose_split and choose_wavefront (plan.h) for the table in use: how a layer, or `count` of them, would be shared
 // out.
 Split plan_split(const Layer& layer, int threads);
-Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, int threads);
+Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, bool backward, int threads);
 // Selects a tier by name ("" goes back to the default); false when this machine cannot run it.
 bool force(const char* isa);
 // The value of FASTRNN_ISA when it names no tier this machine can run, else null: reported, never fatal.

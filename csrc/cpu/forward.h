@@ -61,7 +61,8 @@ struct ForwardPass {
     run_team(team, split.workers, [&](int64_t begin, int64_t end) { work(begin, end); });
   }
 
-  // For a wavefront (stack.h), where one worker has the whole layer: the bytes it needs, taking them, and some steps.
+  // For a wavefront (stack.h), where one worker has the whole layer: the bytes it needs, taking them, the steps there
+  // are, and some of them.
   int64_t size() {
     lay_out(nullptr);
     return layout_size;
@@ -70,7 +71,9 @@ struct ForwardPass {
     lay_out(memory);
     prepare(int64_t(0));
   }
+  int64_t extent() const { return p.T; }
   void advance(int64_t begin, int64_t end) { advance(workers[0], 0, begin, end); }
+  void finish() {}
 
   // For weights that are kept packed: the bytes of one direction, and packing it into `memory`.
   int64_t packed_size() {

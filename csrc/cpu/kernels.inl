@@ -36,9 +36,9 @@ constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #include "pack.h"
 #include "layer.h"
 #include "forward.h"
-#include "stack.h"
 #include "gradients.h"
 #include "backward.h"
+#include "stack.h"
 #include "roofline.h"
 // clang-format on
 
@@ -79,9 +79,15 @@ void run_backward(const Backward& problem, const Team& team) {
 }
 
 template <bool pairs>
-void run_wavefront(const Forward* layers, int count, const Wavefront& wave, const Team& team) {
+void run_forward_wavefront(const Forward* layers, int count, const Wavefront& wave, const Team& team) {
   with_forward_types<pairs>(layers[0], [&](auto cell, auto v, auto o) {
-    StackPass<decltype(cell), decltype(v), decltype(o)>{layers, count, wave}.run(team);
+    StackPass<ForwardPass<decltype(cell), decltype(v), decltype(o)>, Forward>{layers, count, wave}.run(team);
+  });
+}
+
+void run_backward_wavefront(const Backward* layers, int count, const Wavefront& wave, const Team& team) {
+  with_types(layers[0], [&](auto cell, auto v) {
+    StackPass<BackwardPass<decltype(cell), decltype(v)>, Backward>{layers, count, wave}.run(team);
   });
 }
 
@@ -132,7 +138,8 @@ constexpr Kernels make_table(const char* isa) {
           fma_chains,
           run_forward<pairs>,
           run_backward,
-          run_wavefront<pairs>,
+          run_forward_wavefront<pairs>,
+          run_backward_wavefront,
           run_packed_size<pairs>,
           run_pack<pairs>,
           run_activation,

@@ -161,8 +161,8 @@ Split choose_split(const Layer& p, const CellTraits& cell, int threads, int lane
   return best;
 }
 
-Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, const CellTraits& cell, int threads,
-                           int lanes, int value_bytes, int group_blocks) {
+Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, bool backward, const CellTraits& cell,
+                           int threads, int lanes, int value_bytes, int group_blocks) {
   const int wanted = forced.load(std::memory_order_relaxed);
   Wavefront best;
   if (count < 2 || threads < 2 || first.T < 2 || first.D == 2 || first.first_row || (wanted && wanted != 4))
@@ -172,7 +172,8 @@ Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, co
   };
   const double first_alone = cost(first, 1), upper_alone = cost(upper, 1);
   double us = cost(first, threads) + (count - 1) * cost(upper, threads);  // one after the other, each by all threads
-  const int64_t steps = std::clamp<int64_t>(first.T / 16, 8, 64);
+  const int64_t steps = backward ? std::max<int64_t>(chunk_rows / std::max<int64_t>(first.B, 1), 1)
+                                 : std::clamp<int64_t>(first.T / 16, 8, 64);
   const double pieces = std::ceil(double(first.T) / double(steps));
   for (int groups = 2; groups <= std::min(threads, count); ++groups) {
     double slowest = 0;
@@ -184,7 +185,7 @@ Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, co
                          handover_us * double(first.T);
     if (wanted != 4 && found >= 0.9 * us) continue;
     us = wanted == 4 ? us : found;
-    best = {groups, steps};
+    best = {groups, backward ? 1 : steps};
   }
   return best;
 }

@@ -28,17 +28,20 @@ struct Split {
 Split choose_split(const Layer& layer, const CellTraits& cell, int threads, int lanes, int value_bytes,
                    int group_blocks);
 
+// Back-propagation works on so many rows at a time: whole steps, as many as fit.
+constexpr int64_t chunk_rows = 256;
+
 // Layers on top of each other, as a wavefront over time (stack.h): groups of layers side by side, which pass on the
-// sequence `steps` steps at a time. One group: no wavefront.
+// sequence `steps` steps at a time, going back so many chunks. One group: no wavefront.
 struct Wavefront {
   int groups = 1;
   int64_t steps = 0;
 };
 
-// For `count` layers that are to be run without a tape: the first, and those above, which are all alike. The other
-// arguments are choose_split's.
-Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, const CellTraits& cell, int threads,
-                           int lanes, int value_bytes, int group_blocks);
+// For `count` layers, forward or back: the first, and those above, which are all alike. The other arguments are
+// choose_split's.
+Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, bool backward, const CellTraits& cell,
+                           int threads, int lanes, int value_bytes, int group_blocks);
 
 // For tests and measurements: "serial", "batch", "hidden", "wavefront", or "" for the model's choice. False for another
 // name.

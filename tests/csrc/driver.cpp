@@ -424,12 +424,16 @@ void test_layers(int64_t n) {
   std::printf("%ld layers, %d tiers\n", long(n), count);
 }
 
-// Layers on top of each other: one after the other, and as a wavefront, whose threads read what others write.
+// Layers on top of each other: one after the other, and as a wavefront, whose threads read what others write; forward,
+// and back with the dx of each layer as the dy of the one below.
 void test_stack(const Kernels& k, Case& c) {
   const Layer& p = c.layer;
-  const int64_t count = integer(2, 5), s = width_of(p.dtype), GH = c.cell.gates * p.H;
+  const Dtype compute = c.compute();
+  const int64_t count = integer(2, 5), s = width_of(p.dtype), w = width_of(compute), GH = c.cell.gates * p.H;
   std::vector<Buffer> weights, results[2];
-  std::vector<Forward> layers[2];
+  std::vector<Forward> forward[2];
+  std::vector<Backward> backward[2];  // the last layer first
+  constexpr int64_t each = 11;        // results of a layer
   weights.reserve(size_t(count * 2));
   for (int64_t i = 0; i < count; ++i) {
     Forward f;
@@ -443,25 +447,52 @@ void test_stack(const Kernels& k, Case& c) {
     }
     for (int way = 0; way < 2; ++way) {
       std::vector<Buffer>& r = results[way];
-      r.reserve(size_t(count * 3));
-      if (i > 0) f.x = {r[size_t(i * 3 - 3)].data(), p.B * p.P, p.P};
-      r.emplace_back(p.T * p.B * p.P * s);
-      f.y = {r.back().data(), p.B * p.P, p.P};
-      r.emplace_back(p.B * p.P * s);
-      f.h_n = r.back().data();
-      r.emplace_back(c.cell.has_c ? p.B * p.H * s : 0);
-      f.c_n = r.back().data();
-      layers[way].push_back(f);
+      r.reserve(size_t(count * each));
+      if (i > 0) f.x = {r[size_t((i - 1) * each)].data(), p.B * p.P, p.P};
+      const auto result = [&](int64_t bytes) {
+        r.emplace_back(bytes);
+        return r.back().data();
+      };
+      f.y = {result(p.T * p.B * p.P * s), p.B * p.P, p.P};
+      f.h_n = result(p.B * p.P * s);
+      f.c_n = result(c.cell.has_c ? p.B * p.H * s : 0);
+      f.tape = result(c.stored * c.tape() * w);
+      forward[way].push_back(f);
+      Backward b;
+      static_cast<Layer&>(b) = f;
+      b.tape = f.tape;
+      b.dh_n = c.dh_n.data();
+      if (c.cell.has_c) b.dc_n = c.dc_n.data();
+      b.dx = {result(p.T * p.B * f.I * s), p.B * f.I, f.I};
+      b.dh0 = result(p.B * p.P * s);
+      b.dc0 = result(c.cell.has_c ? p.B * p.H * s : 0);
+      auto& g = b.gradients[0];
+      g.w_ih = result(GH * f.I * w);
+      g.w_hh = result(GH * p.P * w);
+      const bool bias = p.weights[0].b_ih != nullptr;
+      g.b_ih = result(bias ? GH * w : 0);
+      g.w_hr = result(p.projected ? p.P * p.H * w : 0);
+      backward[way].insert(backward[way].begin(), b);
     }
   }
-  for (const Forward& f : layers[0]) k.forward(f, threads(1));
+  for (auto& layers : backward) {
+    layers[0].dy = {c.dy.data(), p.B * p.P, p.P};
+    for (size_t i = 1; i < layers.size(); ++i)
+      layers[i].dy = {layers[i - 1].dx.data, layers[i - 1].dx.step, layers[i - 1].dx.row};
+  }
+  for (const Forward& f : forward[0]) k.forward(f, threads(1));
+  for (const Backward& b : backward[0]) k.backward(b, threads(1));
   Wavefront wave;
   wave.groups = int(integer(2, count));
   wave.steps = integer(1, p.T);
-  k.wavefront(layers[1].data(), int(count), wave, threads(integer(0, 3) ? wave.groups : 1));
-  for (size_t b = 0; b < results[0].size(); ++b)
-    EXPECT(results[0][b].bytes == results[1][b].bytes, "%s layer %ld result %ld: a wavefront changes bits: %s", k.isa,
-           long(b / 3), long(b % 3), describe(c).c_str());
+  k.forward_wavefront(forward[1].data(), int(count), wave, threads(integer(0, 3) ? wave.groups : 1));
+  wave.steps = 1;
+  k.backward_wavefront(backward[1].data(), int(count), wave, threads(integer(0, 3) ? wave.groups : 1));
+  for (int64_t i = 0; i < int64_t(results[0].size()); ++i)
+    if (i % each != 3)  // what pads the tape is whatever was there
+      EXPECT(results[0][size_t(i)].bytes == results[1][size_t(i)].bytes,
+             "%s layer %ld result %ld: a wavefront changes bits: %s", k.isa, long(i / each), long(i % each),
+             describe(c).c_str());
 }
 
 void test_stacks(int64_t n) {
