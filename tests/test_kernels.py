@@ -1,8 +1,9 @@
 """The torch-free kernels by themselves: accuracy of the activations, and a C++ driver under the sanitizers.
 
 The driver (tests/csrc/driver.cpp) is compiled here, without optimisation: with every tier for AddressSanitizer and
-UndefinedBehaviorSanitizer, with the scalar tier for ThreadSanitizer, since no tier has threading of its own. It checks
-gradients by differences, and that tiers agree and threads change nothing, on buffers of exactly the right size.
+UndefinedBehaviorSanitizer (the widest for AddressSanitizer alone: compiling it for both takes minutes), with the scalar
+tier for ThreadSanitizer, since no tier has threading of its own. It checks gradients by differences, and that tiers
+agree and threads change nothing, on buffers of exactly the right size.
 """
 
 import os
@@ -44,6 +45,8 @@ def drivers(tmp_path_factory):
     def compile_one(sanitizer, tiers, source):
         target = folder / f"{sanitizer}-{source.stem}.o"
         flags = SANITIZERS[sanitizer] + TIERS.get(source.stem, [])
+        if source.stem == "avx512":
+            flags.append("-fno-sanitize=undefined")
         if "avx2" in tiers:
             flags.append("-DFASTRNN_X86")
         subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
@@ -68,10 +71,10 @@ def drivers(tmp_path_factory):
 @pytest.mark.parametrize(
     ("sanitizer", "arguments"),
     [
-        ("address", ["layers", "80"]),
+        ("address", ["layers", "60"]),
         ("address", ["gradient", "60"]),
         ("address", ["ulp", "40009"]),
-        ("thread", ["layers", "28"]),
+        ("thread", ["layers", "20"]),
     ],
 )
 def test_driver(drivers, sanitizer, arguments):

@@ -10,7 +10,8 @@
 // (gradients.h). Two buffers take turns: one chunk's recurrence needs the last dgates of the chunk before, and may
 // begin while others still read that.
 
-template <class Cell, class V>
+// O says what the products multiply (operand.h); a projection multiplies single values.
+template <class Cell, class V, class O = Singles<V>>
 struct BackwardPass {
   using T = typename V::T;
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
@@ -22,27 +23,33 @@ struct BackwardPass {
   const Storage<V> storage{p.dtype};
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, out_blocks = ceil_div(p.P, W), Pp = out_blocks * W;
   const int64_t in_blocks = ceil_div(p.I, W), N = stored_rows(p), tape_h = padded_to_tape_block(p.H);
+  // Of gates that are multiplied unit by unit: the words of a block, and of a gate.
+  static constexpr int64_t Ww = O::words(W);
+  const int64_t Hw = O::words(p.H);
+  // Whether the dgates are kept twice: their words by units (chain, dx), and by rows (weight gradients).
+  static constexpr bool twice = Ww != W;
   const bool projected = p.projected;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
   Split split;
-  Packed<V, 1> w_hh[2];  // [G*H, P] for the dh chain
-  Packed<V, 1> w_ih[2];  // [G*H, I] for dx
+  Packed<V, 1> w_hh[2];  // [G*Hw, P] for the dh chain
+  Packed<V, 1> w_ih[2];  // [G*Hw, I] for dx
   Packed<V, 1> w_hr[2];  // [P, H]
   T* none;               // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
   bool once;             // one step of few rows: every group of the weights is used once, and packed there and then
   bool in_place;         // one step of so few rows that the weights are not even packed where they need not be
   int64_t chunks;
   int64_t* chunk_begin;  // [chunks + 1] first step of each
-  int64_t R;             // rows that a buffer has room for
+  int64_t R, Rw;         // rows that a buffer has room for; as words
   int64_t longest;       // rows of the largest slice
 
   // What a chunk leaves for the gradients. Absent pieces are not wanted.
   struct Buffer {
-    T* dgates;  // [S * blocks][R][W]
-    T* h_prev;  // [out_blocks][R][W] the state that entered each step
-    T* x;       // [in_blocks][R][W]
-    T* dh_out;  // [out_blocks][R][W] gradient of the projected state
-    T* h_raw;   // [blocks][R][W] o tanh(c), before the projection
+    T* dgates;   // [S * blocks][R][Ww]
+    T* by_rows;  // [S * blocks][Rw][W] the same for the gradients of weights
+    T* h_prev;   // [out_blocks][Rw][W] the state that entered each step
+    T* x;        // [in_blocks][Rw][W]
+    T* dh_out;   // [out_blocks][Rw][W] gradient of the projected state
+    T* h_raw;    // [blocks][Rw][W] o tanh(c), before the projection
   };
 
   // Of one slice in one direction, shared by its parts.
@@ -137,7 +144,9 @@ struct BackwardPass {
     }
     if (memory) chunk_begin[chunks] = p.T;
     R += R % 2 == 0;  // or all blocks would fall into the same few sets of the cache
-    const int64_t K = G * p.H;
+    Rw = O::words(R);
+    Rw += Rw % 2 == 0;
+    const int64_t K = G * Hw;
     in_place = p.T == 1 && N <= few_rows && !storage.rounds;
     once = p.T == 1 && (split.workers == 1 ? N <= 48 : in_place);
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
@@ -151,11 +160,13 @@ struct BackwardPass {
     buffers = carve.take<Buffer>(2 * p.D);
     for (int i = 0; i < 2 * p.D; ++i) {
       const auto& wanted = p.gradients[i / 2];
+      const bool used = i % 2 == 0 || chunks > 1;
       const auto piece = [&](bool is_wanted, int64_t columns) {
-        return is_wanted && (i % 2 == 0 || chunks > 1) ? carve.take<T>(columns * R * W) : nullptr;
+        return is_wanted && used ? carve.take<T>(columns * Rw * W) : nullptr;
       };
       Buffer b;
-      b.dgates = piece(true, S * blocks);
+      b.dgates = used ? carve.take<T>(S * blocks * R * Ww) : nullptr;
+      b.by_rows = twice ? piece(wanted.w_ih || wanted.w_hh || wanted.b_ih || wanted.b_hh, S * blocks) : b.dgates;
       b.h_prev = piece(wanted.w_hh, out_blocks);
       b.x = piece(wanted.w_ih, in_blocks);
       b.dh_out = piece(wanted.w_hr, out_blocks);
@@ -271,12 +282,12 @@ struct BackwardPass {
     for (int d = 0; d < p.D; ++d) {
       if (p.dx.data && !once) {
         const int64_t groups = group_count(w_ih[d]);
-        pack<Singles<V>>(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
-                         share_of(groups, worker + 1, split.workers), unused);
+        pack<O>(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
+                share_of(groups, worker + 1, split.workers), unused);
       }
       if (w.idle || (split.directions == 2 && d != place.direction)) continue;
       if (!once) {
-        pack_share<Singles<V>>(w_hh[d], source_hh(d), storage, split, place, unused);
+        pack_share<O>(w_hh[d], source_hh(d), storage, split, place, unused);
         if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, unused);
       }
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
@@ -337,7 +348,7 @@ struct BackwardPass {
       constexpr int U = decltype(u)::value;
       const T* group = nullptr;
       if (carried && (!in_place || (block + U) * W > p.P))
-        group = group_at<Singles<V>>(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+        group = group_at<O>(w_hh[d], source_hh(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_even_rows<tile_rows<U>>(0, carried, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
@@ -367,9 +378,9 @@ struct BackwardPass {
   template <int M, int U>
   FASTRNN_MEMBER void multiply_dgates(V (&sum)[M][U], const T* const (&dgates)[M], const T* group, const Source& source,
                                       int64_t block) const {
-    if constexpr (M <= few_rows)
+    if constexpr (M <= few_rows && !twice)
       if (group == nullptr) return product_of_rows(sum, dgates, R * W, source, G, block * W);
-    product_of_blocks(sum, dgates, R * W, group, G, p.H);
+    product_of_blocks<O>(sum, dgates, R * Ww, group, G, Hw);
   }
 
   // What this step's rows read, and what became of the gradient they get.
@@ -383,7 +394,7 @@ struct BackwardPass {
       const int64_t rank = w.slice.rank(i), b = row_of(p, rank), t = s.t;
       if (i < carried) {
         row.dgates =
-            buffers[2 * d + (before & 1)].dgates + (buffer_row(c_before, rank) + from - chunk_begin[c_before]) * W;
+            buffers[2 * d + (before & 1)].dgates + (buffer_row(c_before, rank) + from - chunk_begin[c_before]) * Ww;
         row.was_cut = is_cut(p, d, from, b);
       }
       if (i >= s.now) continue;
@@ -410,10 +421,9 @@ struct BackwardPass {
     }
     const int64_t at = row.at;
     dh.store(s.state.dh + i * Pp + unit);
-    if (s.buffer.dh_out) dh.store(s.buffer.dh_out + (block * R + at) * W);
+    if (s.buffer.dh_out) put(dh, s.buffer.dh_out, block, at);
     if (s.buffer.h_prev)
-      V::load((row.before ? row.before + Cell::tape * tape_h : row.h_first) + unit)
-          .store(s.buffer.h_prev + (block * R + at) * W);
+      put(V::load((row.before ? row.before + Cell::tape * tape_h : row.h_first) + unit), s.buffer.h_prev, block, at);
   }
 
   V load_state_gradient(const void* from, const Worker& w, const Step& s, int64_t i, int64_t width,
@@ -437,6 +447,11 @@ struct BackwardPass {
           for (int v = 0; v < U; ++v) through_cell(w, s, i + r, block + v, sum[r][v]);
       });
     });
+  }
+
+  // x as row `at` of a block of the operands of weight gradients.
+  FASTRNN_MEMBER void put(V x, T* blocks_of_rows, int64_t block, int64_t at) const {
+    O::put(x, blocks_of_rows + block * Rw * W, at);
   }
 
   // h of an LSTM step from its tape, as it was stored.
@@ -463,11 +478,14 @@ struct BackwardPass {
       c_prev = V::load(row.before ? row.before + state_block * tape_h + unit : row.c_first + unit);
       dc = V::load(s.state.dc + i * Hp + unit);
       if (p.dc_all) dc = dc + load_state_gradient(p.dc_all, w, s, i, p.H, unit);
-      if (s.buffer.h_raw) hidden(row.tape, unit).store(s.buffer.h_raw + (block * R + at) * W);
+      if (s.buffer.h_raw) put(hidden(row.tape, unit), s.buffer.h_raw, block, at);
     }
     Cell::backward(tape, h_prev, c_prev, dh, dc, da);
-    if (s.buffer.h_prev && !projected) h_prev.store(s.buffer.h_prev + (block * R + at) * W);
-    for (int k = 0; k < S; ++k) da[k].store(s.buffer.dgates + ((k * blocks + block) * R + at) * W);
+    if (s.buffer.h_prev && !projected) put(h_prev, s.buffer.h_prev, block, at);
+    for (int k = 0; k < S; ++k) {
+      O::store(da[k], s.buffer.dgates + ((k * blocks + block) * R + at) * Ww, 0, p.H - unit);
+      if (twice && s.buffer.by_rows) put(da[k], s.buffer.by_rows, k * blocks + block, at);
+    }
     if (Cell::bypass) dh.store(s.state.bypass + i * Hp + unit);
     if (!Cell::has_c) return;
     if (row.cut) dc = V::set(0);
@@ -505,44 +523,60 @@ struct BackwardPass {
 
   void gather_x(int64_t worker, int round, int64_t k) {
     for (int d = first_direction(round); d < end_direction(round); ++d) {
+      if (worker == 0) clear_odd_row(d, k);
       T* to = buffers[2 * d + (k & 1)].x;
       if (to == nullptr) continue;
       over_chunk_rows(worker, chunk(d, k), [&](int64_t row, int64_t t, int64_t b) {
         const char* from = bytes(p.x.data) + row_offset(p, p.x, t, b) * storage.size;
         for (int64_t j = 0; j < in_blocks; ++j)
-          Storage<V>::load(storage, from + j * W * storage.size, p.I - j * W).store(to + (j * R + row) * W);
+          put(Storage<V>::load(storage, from + j * W * storage.size, p.I - j * W), to, j, row);
       });
     }
   }
 
-  // Calls f(sum) for every sum that the chunk in `b` contributes to.
+  // The last of an odd number of rows is paired with zeros.
+  void clear_odd_row(int d, int64_t k) const {
+    const Buffer& b = buffers[2 * d + (k & 1)];
+    const int64_t rows = rows_of(chunk(d, k));
+    if (!twice || rows % 2 == 0) return;
+    const auto clear_row = [&](T* piece, int64_t columns) {
+      for (int64_t j = 0; piece && j < columns; ++j) put(V::set(0), piece, j, rows);
+    };
+    clear_row(b.by_rows, S * blocks);
+    clear_row(b.h_prev, out_blocks);
+    clear_row(b.x, in_blocks);
+    clear_row(b.dh_out, out_blocks);
+    clear_row(b.h_raw, blocks);
+  }
+
+  // Calls f(sum) for every sum that the chunk in `b` contributes to; rows in words.
   template <class F>
   void over_sums(int d, const Buffer& b, int64_t rows, const F& f) const {
-    using Sum = typename GradientTasks<V>::Sum;
+    using Sum = typename GradientTasks<V, O>::Sum;
     const auto& to = p.gradients[d];
     const auto at = [](void* result, int64_t values) { return result ? static_cast<T*>(result) + values : nullptr; };
     for (int g = 0; g < G; ++g)
-      f(Sum{b.dgates + (X + g) * blocks * R * W, p.H, b.x, p.I, rows, R, at(to.w_ih, g * p.H * p.I),
+      f(Sum{b.by_rows + (X + g) * blocks * Rw * W, p.H, b.x, p.I, rows, Rw, at(to.w_ih, g * p.H * p.I),
             at(to.b_ih, g * p.H)});
     for (int s = 0; s < G; ++s) {
       const int g = Cell::hidden_gate[s];
-      f(Sum{b.dgates + s * blocks * R * W, p.H, b.h_prev, p.P, rows, R, at(to.w_hh, g * p.H * p.P),
+      f(Sum{b.by_rows + s * blocks * Rw * W, p.H, b.h_prev, p.P, rows, Rw, at(to.w_hh, g * p.H * p.P),
             at(to.b_hh, g * p.H)});
     }
-    f(Sum{b.dh_out, p.P, b.h_raw, p.H, rows, R, at(to.w_hr, 0), nullptr});
+    f(Sum{b.dh_out, p.P, b.h_raw, p.H, rows, Rw, at(to.w_hr, 0), nullptr});
   }
 
   void reduce(int64_t worker, int round, int64_t k) {
     for (int d = first_direction(round); d < end_direction(round); ++d) {
       const Buffer& b = buffers[2 * d + (k & 1)];
-      const int64_t c = chunk(d, k), rows = rows_of(c);
+      const int64_t c = chunk(d, k), rows = O::words(rows_of(c));
       // A worker gets the tasks that begin in its part of the whole cost.
       int64_t all = 0, done = 0;
       over_sums(d, b, rows, [&](const auto& sum) { all += sum.cost(); });
       const int64_t begin = share_of(all, worker, split.workers), end = share_of(all, worker + 1, split.workers);
       over_sums(d, b, rows, [&](const auto& sum) {
         for (int64_t i = 0, n = sum.tasks(); i < n; done += sum.cost_of(i++))
-          if (done >= begin && done < end) GradientTasks<V>::run(sum, i, k == 0);
+          if (done >= begin && done < end) GradientTasks<V, O>::run(sum, i, k == 0);
       });
       if (p.dx.data) input_gradient(worker, d, k, c, b);
     }
@@ -558,18 +592,18 @@ struct BackwardPass {
     });
     // Side by side, the directions come from both ends and meet in the middle, where direction 0 goes first.
     const bool add = p.D == 2 && (split.directions == 1 ? d == 1 : d == 0 ? c < k : chunks - 1 - c <= k);
-    const T* dgates = b.dgates + X * blocks * R * W + first * W;
+    const T* dgates = b.dgates + (X * blocks * R + first) * Ww;
     const Storage<V> out(p.dx_is_compute && p.dtype != Dtype::f64 ? Dtype::f32 : p.dtype);
     over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = nullptr;
       if (!in_place || (block + U) * W > p.I)
-        group = group_at<Singles<V>>(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
+        group = group_at<O>(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
       over_even_rows<tile_rows<U>>(0, count, [&](auto m, int64_t i) {
         constexpr int M = decltype(m)::value;
         V sum[M][U];
         const T* left[M];
-        for (int r = 0; r < M; ++r) left[r] = dgates + (i + r) * W;
+        for (int r = 0; r < M; ++r) left[r] = dgates + (i + r) * Ww;
         multiply_dgates(sum, left, group, source_ih(d), block);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < U; ++v) {

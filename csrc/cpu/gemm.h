@@ -74,11 +74,11 @@ FASTRNN_INLINE void multiply_add(V (&part)[M][N], const Left& left, const Right&
 }
 
 // part[m][v] += a[m * a_row + k * a_k] * b[k * b_k + v * b_vector], k upwards.
-template <int M, int N, class V>
+template <class O, int M, int N, class V>
 FASTRNN_INLINE void accumulate(V (&part)[M][N], const typename V::T* a, int64_t a_row, int64_t a_k,
                                const typename V::T* b, int64_t b_k, int64_t b_vector, int64_t K) {
   for (int64_t k = 0; k < K; ++k)
-    multiply_add<Singles<V>>(
+    multiply_add<O>(
         part, [&](int m) { return V::set(a[m * a_row + k * a_k]); },
         [&](int v) { return V::load(b + k * b_k + v * b_vector); });
 }
@@ -150,11 +150,11 @@ FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, cons
 }
 
 // sum[m][v] = sum over gates g and k < H of a(m, g, k) * b[g * H + k][v]. Row m begins at a[m], in a Blocked matrix
-// whose blocks lie a_block values apart, gate g at block g * ceil(H / lanes); b is a packed group.
-template <int M, int N, class V>
+// whose blocks lie a_block words apart, gate g at block g * ceil(H / lanes); b is a packed group. H counts words.
+template <class O, int M, int N, class V>
 FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* const (&a)[M], int64_t a_block,
                                       const typename V::T* b, int gates, int64_t H) {
-  constexpr int64_t W = V::lanes;
+  constexpr int64_t W = O::words(V::lanes);
   constexpr int C = columns_at_once<M, N>;
   const int64_t blocks = ceil_div(H, W), run = run_length(H);
   for (int first = 0; first < N; first += C) {
@@ -169,7 +169,7 @@ FASTRNN_INLINE void product_of_blocks(V (&sum)[M][N], const typename V::T* const
           const int64_t at = (g * blocks + i / W) * a_block, n = smaller(W, end - i);
           const typename V::T* right = b + place_in_group<N, V>(gates * H, g * H + i, first);
           for (int64_t j = 0; j < n; ++j)
-            multiply_add<Singles<V>>(
+            multiply_add<O>(
                 part, [&](int m) { return V::set(a[m][at + j]); },
                 [&](int v) { return V::load(right + place_in_group<N, V>(gates * H, j, v)); });
         }

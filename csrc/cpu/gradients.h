@@ -5,8 +5,9 @@
 //
 // Both operands lie in blocks (gemm.h): the rows of a block follow each other, so a register tile of a weight gradient
 // streams through them without any packing. Chunks are added in the order in which the recurrence runs backward.
+// O says what is multiplied (operand.h): of pairs, those of neighbouring rows.
 
-template <class V>
+template <class V, class O>
 struct GradientTasks {
   using T = typename V::T;
   static constexpr int W = V::lanes;
@@ -16,12 +17,12 @@ struct GradientTasks {
 
   // weight[i][j] += sum over rows of left(row, i) * right(row, j), bias[i] += sum of left(row, i); null: not wanted.
   struct Sum {
-    const T* left;   // blocks of W columns, each [ld][W]
+    const T* left;   // blocks of W columns, each [ld][W] words
     int64_t units;   // columns of left: rows of the gradient
     const T* right;  // blocks as well
     int64_t columns;
-    int64_t rows;  // to add up
-    int64_t ld;    // rows that a block has room for
+    int64_t rows;  // to add up, in words
+    int64_t ld;    // that a block has room for
     T* weight;     // [units][columns]
     T* bias;       // [units]
 
@@ -69,7 +70,7 @@ struct GradientTasks {
     for (int64_t k = 0; k < s.rows; k += run) {
       V part[M][U];
       clear(part);
-      accumulate(part, left + k * W, 1, W, right + k * W, W, s.ld * W, smaller(run, s.rows - k));
+      accumulate<O>(part, left + k * W, 1, W, right + k * W, W, s.ld * W, smaller(run, s.rows - k));
       add(sum, part);
     }
     for (int r = 0; r < M; ++r)
@@ -88,7 +89,7 @@ struct GradientTasks {
     V total = V::set(0);
     for (int64_t outer = 0; outer < rows; outer += 16) {
       V few = V::set(0);
-      for (int64_t i = outer; i < smaller(outer + 16, rows); ++i) few = few + V::load(left + i * W);
+      for (int64_t i = outer; i < smaller(outer + 16, rows); ++i) few = O::add(V::load(left + i * W), few);
       total = total + few;
     }
     if (!first) total = V::load(bias, int(units)) + total;

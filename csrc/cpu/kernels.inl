@@ -54,9 +54,9 @@ void with_types(const Layer& layer, const F& f) {
   });
 }
 
-// Calls f(cell, value, operand) with the types of the forward pass: where `pairs`, bfloat16 is multiplied by pairs.
+// Calls f(cell, value, operand) with the types of a pass: where `pairs`, bfloat16 is multiplied by pairs.
 template <bool pairs, class F>
-void with_forward_types(const Layer& layer, const F& f) {
+void with_operand(const Layer& layer, const F& f) {
   with_types(layer, [&](auto cell, auto v) {
     using V = decltype(v);
 #if defined(FASTRNN_ISA_AVX512)
@@ -69,25 +69,29 @@ void with_forward_types(const Layer& layer, const F& f) {
 
 template <bool pairs>
 void run_forward(const Forward& problem, const Team& team) {
-  with_forward_types<pairs>(problem, [&](auto cell, auto v, auto o) {
+  with_operand<pairs>(problem, [&](auto cell, auto v, auto o) {
     ForwardPass<decltype(cell), decltype(v), decltype(o)>(problem).run(team);
   });
 }
 
+template <bool pairs>
 void run_backward(const Backward& problem, const Team& team) {
-  with_types(problem, [&](auto cell, auto v) { BackwardPass<decltype(cell), decltype(v)>(problem).run(team); });
+  with_operand<pairs>(problem, [&](auto cell, auto v, auto o) {
+    BackwardPass<decltype(cell), decltype(v), decltype(o)>(problem).run(team);
+  });
 }
 
 template <bool pairs>
 void run_forward_wavefront(const Forward* layers, int count, const Wavefront& wave, const Team& team) {
-  with_forward_types<pairs>(layers[0], [&](auto cell, auto v, auto o) {
+  with_operand<pairs>(layers[0], [&](auto cell, auto v, auto o) {
     StackPass<ForwardPass<decltype(cell), decltype(v), decltype(o)>, Forward>{layers, count, wave}.run(team);
   });
 }
 
+template <bool pairs>
 void run_backward_wavefront(const Backward* layers, int count, const Wavefront& wave, const Team& team) {
-  with_types(layers[0], [&](auto cell, auto v) {
-    StackPass<BackwardPass<decltype(cell), decltype(v)>, Backward>{layers, count, wave}.run(team);
+  with_operand<pairs>(layers[0], [&](auto cell, auto v, auto o) {
+    StackPass<BackwardPass<decltype(cell), decltype(v), decltype(o)>, Backward>{layers, count, wave}.run(team);
   });
 }
 
@@ -96,7 +100,7 @@ template <bool pairs, class F>
 void with_weights(const Layer& layer, const F& f) {
   Forward problem;
   static_cast<Layer&>(problem) = layer;
-  with_forward_types<pairs>(layer, [&](auto cell, auto v, auto o) {
+  with_operand<pairs>(layer, [&](auto cell, auto v, auto o) {
     ForwardPass<decltype(cell), decltype(v), decltype(o)> pass(problem);
     f(pass);
   });
@@ -137,9 +141,9 @@ constexpr Kernels make_table(const char* isa) {
           f32::lanes,
           fma_chains,
           run_forward<pairs>,
-          run_backward,
+          run_backward<pairs>,
           run_forward_wavefront<pairs>,
-          run_backward_wavefront,
+          run_backward_wavefront<pairs>,
           run_packed_size<pairs>,
           run_pack<pairs>,
           run_activation,

@@ -1,6 +1,7 @@
 // What a product multiplies: single values of the compute type, or pairs of bfloat16, which one instruction multiplies
 // and sums two by two. Either way as words of the size of a compute value: a row of the left matrix is broadcast word
-// by word, and a packed matrix holds word k of a column where value k would lie.
+// by word, and a packed matrix holds word k of a column where value k would lie. The blocks that a weight gradient is
+// summed from (gradients.h) hold words as well, there of a column's values in neighbouring rows.
 
 template <class V>
 struct Singles {
@@ -17,6 +18,14 @@ struct Singles {
   // The values from `unit` on of a row of words, as a vector; n of them, or more than a vector, are values of the row.
   FASTRNN_INLINE V load(const T* row, int64_t unit) { return V::load(row + unit); }
   FASTRNN_INLINE void store(V x, T* row, int64_t unit, int64_t) { x.store(row + unit); }
+
+  // The words of the first n columns of stored rows: `even`, and where values are paired `odd`; null: zeros.
+  FASTRNN_INLINE V zip(const Storage<V>& storage, const void* even, const void*, int64_t n) {
+    return Storage<V>::load(storage, even, n);
+  }
+  // Makes x row `row` of a block of such words. sum plus the values of the words.
+  FASTRNN_INLINE void put(V x, T* block, int64_t row) { x.store(block + row * V::lanes); }
+  FASTRNN_INLINE V add(V words, V sum) { return sum + words; }
 };
 
 #if defined(FASTRNN_ISA_AVX512)
@@ -45,5 +54,12 @@ struct Pairs {
     store_bf16(halves, x);
     if (n < f32::lanes && n % 2) halves[n] = 0;  // lanes past the row may hold NaN, which times zero is not zero
   }
+
+  FASTRNN_INLINE f32 zip(const Storage<f32>& storage, const void* even, const void* odd, int64_t n) {
+    const f32 lower = Storage<f32>::load(storage, even, n);
+    return zip_bf16(lower, odd ? Storage<f32>::load(storage, odd, n) : f32::set(0));
+  }
+  FASTRNN_INLINE void put(f32 x, T* block, int64_t row) { store_bf16_half(block + row / 2 * f32::lanes, x, row % 2); }
+  FASTRNN_INLINE f32 add(f32 words, f32 sum) { return dot_pairs(words, one_bf16(), sum); }
 };
 #endif

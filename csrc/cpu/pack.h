@@ -64,26 +64,28 @@ static void pack_columns(const typename V::T* const* rows, int64_t n, int64_t K,
 }
 
 // Columns that stay rows (G is 1): blocks [first, last), group after group, to `to`. A few rows at a time: what is read
-// lies far apart down a column, what is written along a row.
-template <class V>
+// lies far apart down a column, what is written along a row. The K words of a column are those of each gate's H rows.
+template <class O, class V>
 static void pack_rows(const Source& from, const Storage<V>& storage, int64_t K, int64_t first, int64_t last,
                       typename V::T* to) {
   using T = typename V::T;
-  constexpr int64_t W = V::lanes, few = 4;
-  const char* rows[few];
+  constexpr int64_t W = V::lanes, few = 4, together = O::words(2) == 1 ? 2 : 1;  // rows that make a word
+  const int64_t words = O::words(from.H);
+  const char *rows[few], *odd_rows[few];
   for (int64_t begin = 0; begin < K; begin += few) {
     const int64_t count = smaller(few, K - begin);
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t gate = (begin + r) / from.H, unit = (begin + r) % from.H;
+      const int64_t gate = (begin + r) / words, unit = (begin + r) % words * together;
       rows[r] = static_cast<const char*>(from.data) + (from.gate[gate] * from.H + unit) * from.ld * storage.size;
+      odd_rows[r] = unit + 1 < from.H ? rows[r] + from.ld * storage.size : nullptr;
     }
     over_groups<Packed<V, 1>::U>(first, last, [&](auto u, int64_t block) {
       constexpr int N = decltype(u)::value;
       T* group = to + (block - first) * W * K;
       for (int v = 0; v < N; ++v) {
-        const int64_t column = (block + v) * W;
+        const int64_t column = (block + v) * W, offset = column * storage.size;
         for (int64_t r = 0; r < count; ++r)
-          Storage<V>::load(storage, rows[r] + column * storage.size, from.units - column)
+          O::zip(storage, rows[r] + offset, odd_rows[r] ? odd_rows[r] + offset : nullptr, from.units - column)
               .store(group + place_in_group<N, V>(K, begin + r, v));
       }
     });
@@ -139,7 +141,7 @@ static void pack_group(const Source& from, const Storage<V>& storage, int64_t K,
                        typename V::T* group, typename V::T* scratch) {
   using T = typename V::T;
   constexpr int W = V::lanes;
-  if (!from.transposed) return pack_rows<V>(from, storage, K, first, first + blocks, group);
+  if (!from.transposed) return pack_rows<O>(from, storage, K, first, first + blocks, group);
   const int P = panel_of(int(blocks * G));
   for (int64_t u = 0; u < blocks; ++u)
     for (int g = 0; g < G; ++g) {
@@ -160,7 +162,7 @@ static void pack(const Packed<V, G>& to, const Source& from, const Storage<V>& s
   constexpr int U = Packed<V, G>::U;
   const int64_t first = smaller(begin * U, to.blocks), last = smaller(end * U, to.blocks);
   const auto at = [&](int64_t block) { return to.data + block * G * V::lanes * to.K; };
-  if (!from.transposed) return pack_rows<V>(from, storage, to.K, first, last, at(first));
+  if (!from.transposed) return pack_rows<O>(from, storage, to.K, first, last, at(first));
   over_groups<U>(first, last, [&](auto blocks, int64_t block) {
     pack_group<O, V, G>(from, storage, to.K, block, decltype(blocks)::value, at(block), scratch);
   });

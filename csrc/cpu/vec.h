@@ -88,6 +88,12 @@ FASTRNN_INLINE f64 zip_high(f64 a, f64 b) {
 FASTRNN_INLINE f32 load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
+// Words of bfloat16 whose lower and upper halves are the values of two vectors of bfloat16; of ones.
+FASTRNN_INLINE f32 zip_bf16(f32 lower, f32 upper) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(lower.v), 16);
+  return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(upper.v)))};
+}
+FASTRNN_INLINE f32 one_bf16() { return {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))}; }
 // sum + x.low * y.low + x.high * y.high, lane by lane, of pairs of bfloat16; denormal numbers count as zero. As text,
 // because the compiler is not told of the extension: only code that asked CPUID comes here.
 FASTRNN_INLINE f32 dot_pairs(f32 x, f32 y, f32 sum) {
@@ -95,12 +101,23 @@ FASTRNN_INLINE f32 dot_pairs(f32 x, f32 y, f32 sum) {
   return sum;
 }
 FASTRNN_INLINE f32 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-FASTRNN_INLINE void store_bf16(uint16_t* p, f32 x) {
+// x as bfloat16, in the lower half of each lane.
+FASTRNN_INLINE __m512i round_bf16(f32 x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i round = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  round = _mm512_mask_mov_epi32(round, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round));
+  const __m512i round = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  return _mm512_mask_mov_epi32(round, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+FASTRNN_INLINE void store_bf16(uint16_t* p, f32 x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round_bf16(x)));
+}
+// The lower, or the upper, halves of the words at p.
+FASTRNN_INLINE void store_bf16_half(float* p, f32 x, bool upper) {
+  const __m512i halves = round_bf16(x);
+  if (upper)
+    _mm512_mask_storeu_epi16(p, 0xaaaaaaaa, _mm512_slli_epi32(halves, 16));
+  else
+    _mm512_mask_storeu_epi16(p, 0x55555555, halves);
 }
 FASTRNN_INLINE void store_f16(uint16_t* p, f32 x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
