@@ -28,6 +28,7 @@ struct Arguments {
   std::optional<Tensor> h0, c0;
   std::vector<Tensor> weights;
   std::optional<Tensor> batch_sizes, lengths, reset;
+  Precision precision = Precision::exact;  // the last argument
 };
 
 Arguments take_arguments(Reader& reader, bool one_step = false) {
@@ -42,6 +43,12 @@ Arguments take_arguments(Reader& reader, bool one_step = false) {
   a.lengths = reader.take_optional();
   a.reset = reader.take_optional();
   return a;
+}
+
+Precision take_precision(Reader& reader) {
+  const int64_t found = reader.take<int64_t>();
+  if (found < 0 || found > 2) fail("precision: expected 0 (exact), 1 (tf32) or 2 (bf16), got ", found);
+  return static_cast<Precision>(found);
 }
 
 // Layer is what the kernel sees; the rest is what the ops themselves need, and what keeps its pointers valid.
@@ -259,6 +266,7 @@ struct alignas(64) PackedHeader {
   char isa[16];
   CellKind cell;
   Dtype dtype;
+  Precision precision;
   int D, projected, bias;
   int64_t layers, I, H, P;
   int64_t size, first_size;  // bytes of one direction: of a layer, of the first one
@@ -305,6 +313,7 @@ Problem check(const Arguments& a, bool bidirectional, bool one_step = false, con
   p.cell = header ? &traits(header->cell) : &find_cell(a.cell);
   Layer& l = p.layer;
   l.cell = p.cell->kind;
+  l.precision = header ? header->precision : a.precision;
   l.D = bidirectional ? 2 : 1;
   check_input(p, a, one_step);
   if (one_step) {

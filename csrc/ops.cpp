@@ -25,9 +25,10 @@ namespace {
 
 void layer(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
-  const Arguments a = take_arguments(reader);
+  Arguments a = take_arguments(reader);
   const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
   const bool all_states = reader.take<bool>(), save = reader.take<bool>();
+  a.precision = take_precision(reader);
 
   const SerialInForkedChild serial;
   const Problem p = check(a, bidirectional);
@@ -58,8 +59,9 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
 // One step of one layer and direction, for cells and control loops: nothing but the new state, and a tape if asked for.
 void step(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
-  const Arguments a = take_arguments(reader, true);
+  Arguments a = take_arguments(reader, true);
   const bool save = reader.take<bool>();
+  a.precision = take_precision(reader);
 
   const SerialInForkedChild serial;
   const Problem p = check(a, false, true);
@@ -182,9 +184,10 @@ std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool bat
 
 void stack(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
-  const Arguments a = take_arguments(reader);
+  Arguments a = take_arguments(reader);
   const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
   const int64_t count = reader.take<int64_t>(), from = reader.take<int64_t>();
+  a.precision = take_precision(reader);
   if (from < 0 || from > count) fail("saved_from: expected 0 to num_layers = ", count, ", got ", from);
   Saved saved(from);
   const auto results = run_stack(a, bidirectional, batch_major, count, nullptr, &saved);
@@ -201,6 +204,7 @@ void pack(StableIValue* stack, uint64_t, uint64_t) {
   a.weights = reader.take<std::vector<Tensor>>();
   const bool bidirectional = reader.take<bool>();
   const int64_t count = reader.take<int64_t>();
+  const Precision precision = take_precision(reader);
   const SerialInForkedChild serial;
   const size_t per_layer = weights_per_layer(a, count);
   std::vector<Problem> problems;
@@ -209,6 +213,7 @@ void pack(StableIValue* stack, uint64_t, uint64_t) {
     Problem p;
     p.cell = &find_cell(a.cell);
     p.layer.cell = p.cell->kind;
+    p.layer.precision = precision;
     p.layer.D = bidirectional ? 2 : 1;
     read_dtype(p, part.weights[0], "weights[0] (w_ih)");
     if (part.weights[0].dim() != 2)
@@ -227,7 +232,8 @@ void pack(StableIValue* stack, uint64_t, uint64_t) {
   PackedHeader header{};
   std::memcpy(header.magic, packed_magic, sizeof packed_magic);
   std::strncpy(header.isa, kernels.isa, sizeof header.isa - 1);
-  header.cell = first.cell, header.dtype = first.dtype, header.D = first.D, header.projected = first.projected;
+  header.cell = first.cell, header.dtype = first.dtype, header.precision = precision, header.D = first.D,
+  header.projected = first.projected;
   header.bias = problems[0].bias, header.layers = count, header.I = first.I, header.H = first.H, header.P = first.P;
   header.first_size = kernels.packed_size(first);
   header.size = kernels.packed_size(problems.back().layer);
@@ -399,7 +405,7 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
 
 void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
-  const Arguments a = take_arguments(reader);
+  Arguments a = take_arguments(reader);
   const Saved saved({reader.take<Tensor>()}, 1);
   Incoming incoming;
   for (auto* gradient : {&incoming.d_output, &incoming.d_h_n, &incoming.d_c_n, &incoming.d_h_all, &incoming.d_c_all})
@@ -411,18 +417,20 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
         "input: expected 3 dimensions (T, B, input_size), or for one step two directions, d_output, d_h_all, d_c_all, ",
         "lengths and reset absent, got shape ", shape_of(a.input));
   const auto needs = reader.take<std::vector<bool>>();
+  a.precision = take_precision(reader);
   stack[0] = stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, 1, needs));
 }
 
 void stack_backward(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
-  const Arguments a = take_arguments(reader);
+  Arguments a = take_arguments(reader);
   const auto list = reader.take<std::vector<Tensor>>();
   Incoming incoming;
   for (auto* gradient : {&incoming.d_output, &incoming.d_h_n, &incoming.d_c_n}) *gradient = reader.take_optional();
   const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
   const int64_t count = reader.take<int64_t>();
   const auto needs = reader.take<std::vector<bool>>();
+  a.precision = take_precision(reader);
   weights_per_layer(a, count);  // which checks that count is one
   if (a.input.defined() && a.input.dim() == 2 && !a.batch_sizes)
     fail("input: expected 3 dimensions (T, B, input_size), got shape ", shape_of(a.input));
@@ -436,27 +444,27 @@ void stack_backward(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "layer(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? reset, bool bidirectional, bool batch_major, bool all_states, bool save) "
+      "Tensor? reset, bool bidirectional, bool batch_major, bool all_states, bool save, int precision=0) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, Tensor c_all, Tensor tape)");
   m.def(
       "stack(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? reset, bool bidirectional, bool batch_major, int num_layers, int saved_from) "
+      "Tensor? reset, bool bidirectional, bool batch_major, int num_layers, int saved_from, int precision=0) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor[] saved)");
-  m.def("pack(str cell, Tensor[] weights, bool bidirectional, int num_layers) -> Tensor");
+  m.def("pack(str cell, Tensor[] weights, bool bidirectional, int num_layers, int precision=0) -> Tensor");
   m.def(
       "frozen(Tensor packed, Tensor input, Tensor? h0=None, Tensor? c0=None, bool batch_first=False, Tensor? "
       "batch_sizes=None, Tensor? lengths=None, Tensor? reset=None) -> (Tensor output, Tensor h_n, Tensor c_n)");
   m.def(
-      "step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, bool save) "
+      "step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, bool save, int precision=0) "
       "-> (Tensor h, Tensor c, Tensor tape)");
   m.def(
       "layer_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
-      "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs) -> Tensor[]");
+      "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs, int precision=0) -> Tensor[]");
   m.def(
       "stack_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor[] saved, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
-      "bool bidirectional, bool batch_major, int num_layers, bool[] needs) -> Tensor[]");
+      "bool bidirectional, bool batch_major, int num_layers, bool[] needs, int precision=0) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {

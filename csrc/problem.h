@@ -15,6 +15,9 @@ namespace fastrnn {
 
 enum class CellKind : int { rnn_tanh, rnn_relu, lstm, gru };
 enum class Dtype : int { f32, f64, bf16, f16 };
+// How much of float32 the products may keep, where an instruction set is the faster for it: torch's "ieee" (all),
+// "tf32" and "bf16". Sums, gates and states are float32 whatever it is.
+enum class Precision : int { exact, tf32, bf16 };
 
 // A [T, B, features] tensor: element (t, b, i) lies at data[offset(t) + b * row + i], strides in elements.
 // Dense: offset(t) = t * step. Packed: offset(t) = first_row[t] * row.
@@ -45,6 +48,7 @@ struct Weights {
 struct Layer {
   CellKind cell = CellKind::lstm;
   Dtype dtype = Dtype::f32;
+  Precision precision = Precision::exact;
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
   int D = 1;
   bool projected = false;              // there is a w_hr

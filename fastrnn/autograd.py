@@ -19,26 +19,26 @@ class _Layers(torch.autograd.Function):
     # never come here. `output` is not saved: callers may change it in place before backward, as torch lets them.
     @staticmethod
     def forward(
-        ctx, cell, num_layers, saved_from, bidirectional, batch_major, all_states, slots, batch_sizes, lengths, reset,
-        *tensors,
+        ctx, cell, num_layers, saved_from, bidirectional, batch_major, all_states, precision, slots, batch_sizes,
+        lengths, reset, *tensors,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         input, h0, c0, *weights = tensors if slots is None else _spread(tensors, slots)
         arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major)
         if num_layers == 1:
-            output, h_n, c_n, h_all, c_all, *saved = ops.layer(*arguments, all_states, True)
+            output, h_n, c_n, h_all, c_all, *saved = ops.layer(*arguments, all_states, True, precision)
         else:
-            output, h_n, c_n, saved = ops.stack(*arguments, num_layers, saved_from)
+            output, h_n, c_n, saved = ops.stack(*arguments, num_layers, saved_from, precision)
         ctx.save_for_backward(batch_sizes, lengths, reset, *tensors, *saved)
         ctx.set_materialize_grads(False)
-        ctx.arguments = (cell, num_layers, bidirectional, batch_major, all_states, slots)
+        ctx.arguments = (cell, num_layers, bidirectional, batch_major, all_states, precision, slots)
         if cell != "lstm":
             return (output, h_n, h_all) if all_states else (output, h_n)
         return (output, h_n, c_n, h_all, c_all) if all_states else (output, h_n, c_n)
 
     @staticmethod
     def backward(ctx, *grads):
-        cell, num_layers, bidirectional, batch_major, all_states, slots = ctx.arguments
-        needed = list(ctx.needs_input_grad[10:])
+        cell, num_layers, bidirectional, batch_major, all_states, precision, slots = ctx.arguments
+        needed = list(ctx.needs_input_grad[11:])
         batch_sizes, lengths, reset, *rest = ctx.saved_tensors
         tensors, saved = rest[: len(needed)], rest[len(needed) :]
         if slots is None:
@@ -63,33 +63,33 @@ class _Layers(torch.autograd.Function):
             directions = (bidirectional, batch_major)
             if num_layers == 1:
                 incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
-                results = ops.layer_backward(*arguments, *saved, *incoming, *directions, needs)
+                results = ops.layer_backward(*arguments, *saved, *incoming, *directions, needs, precision)
             else:
                 incoming = (d_output, d_h_n, d_c_n)
-                results = ops.stack_backward(*arguments, saved, *incoming, *directions, num_layers, needs)
+                results = ops.stack_backward(*arguments, saved, *incoming, *directions, num_layers, needs, precision)
             results = [r if n else None for r, n in zip(results, needs)]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
-        return (None,) * 10 + tuple(results)
+        return (None,) * 11 + tuple(results)
 
 
 class _Step(torch.autograd.Function):
     """One step of a cell: input (B, I), states (B, ...)."""
 
     @staticmethod
-    def forward(ctx, cell, slots, *tensors):
+    def forward(ctx, cell, precision, slots, *tensors):
         input, h0, c0, *weights = tensors if slots is None else _spread(tensors, slots)
-        h, c, tape = ops.step(cell, input, h0, c0, weights, True)
+        h, c, tape = ops.step(cell, input, h0, c0, weights, True, precision)
         ctx.save_for_backward(tape, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.arguments = (cell, slots)
+        ctx.arguments = (cell, precision, slots)
         return (h, c) if cell == "lstm" else h
 
     @staticmethod
     def backward(ctx, d_h, d_c=None):
-        cell, slots = ctx.arguments
+        cell, precision, slots = ctx.arguments
         tape, *tensors = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[2:])
+        needed = list(ctx.needs_input_grad[3:])
         spread, needs = (tensors, needed) if slots is None else (_spread(tensors, slots), _spread(needed, slots))
         needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -102,12 +102,13 @@ class _Step(torch.autograd.Function):
         else:
             input, h0, c0, *weights = spread
             results = ops.layer_backward(
-                cell, input, h0, c0, weights, None, None, None, tape, None, d_h, d_c, None, None, False, False, needs
-            )
+                cell, input, h0, c0, weights, None, None, None, tape, None, d_h, d_c, None, None, False, False, needs,
+                precision,
+            )  # fmt: skip
             results = [r if n else None for r, n in zip(results, needs)]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
-        return (None, None, *results)
+        return (None, None, None, *results)
 
 
 def _spread(unique, slots):
@@ -168,19 +169,20 @@ def layers(
     bidirectional: bool,
     batch_major: bool,
     all_states: bool,
+    precision: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`ops.layer`, or `ops.stack` where there are several, differentiable; all_states for one layer alone.
 
     Returns output, h_n, c_n, h_all, c_all; None for what the cell or call has not.
     """
     lstm = cell == "lstm"
-    arguments = (bidirectional, batch_major, all_states)
+    arguments = (bidirectional, batch_major, all_states, precision)
     if not needed(input, h0, c0, weights):
         given = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major)
         if num_layers > 1:
-            output, h_n, c_n, _ = ops.stack(*given, num_layers, num_layers)
+            output, h_n, c_n, _ = ops.stack(*given, num_layers, num_layers, precision)
             return output, h_n, c_n if lstm else None, None, None
-        output, h_n, c_n, h_all, c_all, _ = ops.layer(*given, all_states, False)
+        output, h_n, c_n, h_all, c_all, _ = ops.layer(*given, all_states, False, precision)
         return (
             output,
             h_n,
@@ -208,16 +210,16 @@ def _first_needed(input, h0, c0, weights, num_layers: int) -> int:
 
 
 def step(
-    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], precision: int
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.step`, differentiable: input (B, I), states (B, ...). Returns h, c; None for the c of a cell without one."""
     if not needed(input, h0, c0, weights):
-        h, c, _ = ops.step(cell, input, h0, c0, weights, False)
+        h, c, _ = ops.step(cell, input, h0, c0, weights, False, precision)
         return h, c if cell == "lstm" else None
     tensors, slots = (input, h0, c0, *weights), None
     if torch.compiler.is_compiling():
         tensors, slots = _unique(tensors)
-    found = _Step.apply(cell, slots, *tensors)
+    found = _Step.apply(cell, precision, slots, *tensors)
     return found if cell == "lstm" else (found, None)
 
 

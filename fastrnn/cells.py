@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastrnn import autograd, ops
 from fastrnn.frozen import Packing, freezable, kept, undisturbed
 from fastrnn.modules import twin
-from fastrnn.plan import KERNEL, SERVED, plan
+from fastrnn.plan import KERNEL, SERVED, plan, precision
 
 TORCH_FORWARD = {base: base.forward for base in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
 
@@ -117,7 +117,7 @@ def _step(self, input, hx):
         h, _, c = ops.frozen(packed, x, h, c)
         c = c if cell == "lstm" else None
     else:
-        h, c = autograd.step(cell, x, h, c, weights)
+        h, c = autograd.step(cell, x, h, c, weights, precision(work))
     return (h, c) if input.dim() == 2 else (h.squeeze(0), None if c is None else c.squeeze(0))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastrnn import _C, autograd, cells, frozen, functional, modules
-from fastrnn.plan import KERNEL, SERVED, TORCH, Route, plan
+from fastrnn.plan import BF16, EXACT, KERNEL, SERVED, TORCH, Route, plan, precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,16 @@ def _found(
     return _C.split(cell, dtype == torch.float64, T, B, I, H, P, D, threads, layers, kept)
 
 
+def _precision(work: torch.dtype) -> str:
+    """What comes of torch's switch for the precision of RNNs, when it does not ask for all of float32."""
+    wanted = precision(work)
+    if wanted == EXACT:
+        return ""
+    if wanted == BF16 and _C.isa() == "avx512_bf16":
+        return "; its products are of numbers rounded to bfloat16 (torch.backends.mkldnn.rnn.fp32_precision)"
+    return f"; float32 stays exact: {_C.isa()} would not be faster for less"
+
+
 def _plan(route: Route, cell: str, layers, in_one_call: bool = False, kept: bool = False) -> Plan:
     """in_one_call: all layers go to the kernels at once, and are not ragged. kept: with frozen weights."""
     kernel = route.path == KERNEL
@@ -100,9 +110,10 @@ def _plan(route: Route, cell: str, layers, in_one_call: bool = False, kept: bool
     groups = 1
     if kernel and in_one_call and len(layers) > 1 and layers[0]["B"]:
         groups = _found(cell, route.work, layers[0], threads, len(layers), kept)["groups"]
+    why = f"{route.reason}; its packed weights are kept (freeze)" if kept else route.reason
     return Plan(
         route.path,
-        f"{route.reason}; its packed weights are kept (freeze)" if kept else route.reason,
+        why + _precision(route.work) if kernel else why,
         cell,
         None if route.path == TORCH else route.work,
         _C.isa() if kernel else None,

@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastrnn import ops
-from fastrnn.plan import REAL, SERVED
+from fastrnn.plan import REAL, SERVED, precision
 
 
 class Frozen:
     """Packed weights, and the parameters they were packed from."""
 
-    __slots__ = ("packed", "dtype", "kind", "sources")
+    __slots__ = ("packed", "dtype", "precision", "kind", "sources")
 
-    def __init__(self, packed: Tensor, weights: dict[str, Tensor], kind: str | None):
+    def __init__(self, packed: Tensor, weights: dict[str, Tensor], precision: int, kind: str | None):
         self.packed = packed
         self.dtype = next(iter(weights.values())).dtype
+        self.precision = precision
         self.kind = kind
         # An inference tensor has no version.
         self.sources = [
@@ -32,8 +33,9 @@ class Frozen:
         ]
 
     def serves(self, module: torch.nn.Module) -> bool:
-        """Whether the module's weights are those that were packed, unchanged as far as torch counts changes."""
-        if _kind(module) != self.kind:
+        """Whether the module's weights are those that were packed, unchanged as far as torch counts changes, and packed
+        for the precision that torch's switch asks for."""
+        if _kind(module) != self.kind or precision(self.dtype) != self.precision:
             return False
         parameters = module._parameters
         for name, source, version, address in self.sources:
@@ -57,7 +59,7 @@ class Frozen:
             if (version is not None and source._version != version) or source.data_ptr() != address:
                 return None
         copies = {name: copy.deepcopy(source, memo) for name, source, *_ in self.sources}
-        return Frozen(self.packed.clone(), copies, self.kind)
+        return Frozen(self.packed.clone(), copies, self.precision, self.kind)
 
     def __reduce__(self):  # packed for this machine's instruction set: a pickle holds a module that is not frozen
         return _nothing, ()
@@ -151,9 +153,10 @@ def _freeze(module, packing: Packing):
     if first.shape != (rows, module.input_size):
         expected = (rows, module.input_size)
         raise ValueError(f"{packing.names[0]}: expected shape {expected} to freeze, got {tuple(first.shape)}")
+    kept_precision = precision(first.dtype)
     with torch.no_grad():
-        packed = ops.pack(packing.cell, packing.weights, packing.bidirectional, packing.num_layers)
-    module._frozen = Frozen(packed, dict(zip(packing.names, packing.weights)), _kind(module))
+        packed = ops.pack(packing.cell, packing.weights, packing.bidirectional, packing.num_layers, kept_precision)
+    module._frozen = Frozen(packed, dict(zip(packing.names, packing.weights)), kept_precision, _kind(module))
     return module
 
 

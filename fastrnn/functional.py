@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import autograd, ops, reference
-from fastrnn.plan import KERNEL, SERVED, TORCH, plan
+from fastrnn.plan import KERNEL, SERVED, TORCH, plan, precision
 
 _VF = {"rnn_tanh": torch._VF.rnn_tanh, "rnn_relu": torch._VF.rnn_relu, "lstm": torch._VF.lstm, "gru": torch._VF.gru}
 
@@ -76,8 +76,9 @@ def run(
         return output, h_n, c_n if cell == "lstm" else None, None, None
     if at_once:
         output, h_n, c_n, h_all, c_all = autograd.layers(
-            cell, num_layers, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states
-        )
+            cell, num_layers, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states,
+            precision(work),
+        )  # fmt: skip
     else:
         per = len(weights) // num_layers
         layers = []
@@ -120,8 +121,9 @@ def in_one_call(route, num_layers, dropout, training, all_states) -> bool:
 def _layer(route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states):
     if route.path is KERNEL:
         return autograd.layers(
-            cell, 1, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states
-        )
+            cell, 1, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states,
+            precision(route.work),
+        )  # fmt: skip
     with _autocast_off(x):
         output, *states = reference.layer(
             cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states

@@ -66,6 +66,7 @@ def layer(
     batch_major: bool,
     all_states: bool,
     save: bool,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer, all its directions, the whole sequence. Not differentiable by itself (autograd.py is).
 
@@ -80,6 +81,8 @@ def layer(
         reset: bool (T, B); for packed input the rows in packed order.
         batch_major: lay `output` out as a contiguous (B, T, D*P), seen as (T, B, D*P).
         save: write the tape that `layer_backward` needs.
+        precision: of float32 products, where the instruction set in use is the faster for less: 0 exact, 1 tf32,
+            2 bf16. Sums, gates and states are float32.
 
     Returns:
         output (T, B, D*P) or (N, D*P), h_n (D, B, P), c_n (D, B, H), h_all (D, T, B, P), c_all (D, T, B, H), tape.
@@ -89,7 +92,19 @@ def layer(
         RuntimeError: naming the argument, what was expected, what came.
     """
     return _layer(
-        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save
+        cell,
+        input,
+        h0,
+        c0,
+        weights,
+        batch_sizes,
+        lengths,
+        reset,
+        bidirectional,
+        batch_major,
+        all_states,
+        save,
+        precision,
     )
 
 
@@ -106,6 +121,7 @@ def stack(
     batch_major: bool,
     num_layers: int,
     saved_from: int,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Layers on top of each other, in one call. Small layers run as a wavefront over time, on a thread each.
 
@@ -121,12 +137,25 @@ def stack(
         RuntimeError: naming the argument, what was expected, what came.
     """
     return _stack(
-        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers, saved_from
+        cell,
+        input,
+        h0,
+        c0,
+        weights,
+        batch_sizes,
+        lengths,
+        reset,
+        bidirectional,
+        batch_major,
+        num_layers,
+        saved_from,
+        precision,
     )
 
 
-def pack(cell: str, weights: list[Tensor], bidirectional: bool, num_layers: int) -> Tensor:
-    """The weights of all layers as the kernels of the instruction set in use read them, for `frozen`.
+def pack(cell: str, weights: list[Tensor], bidirectional: bool, num_layers: int, precision: int = 0) -> Tensor:
+    """The weights of all layers as the kernels of the instruction set in use read them for products of this precision,
+    for `frozen`.
 
     Arguments as for `stack`.
 
@@ -136,7 +165,7 @@ def pack(cell: str, weights: list[Tensor], bidirectional: bool, num_layers: int)
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _pack(cell, weights, bidirectional, num_layers)
+    return _pack(cell, weights, bidirectional, num_layers, precision)
 
 
 def frozen(
@@ -163,7 +192,13 @@ def frozen(
 
 
 def step(
-    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], save: bool
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    save: bool,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of one layer and direction, for cells: `layer` without a sequence.
 
@@ -173,6 +208,7 @@ def step(
         h0, c0: (B, P) and (B, H, LSTM only); None is zero.
         weights: w_ih (G*H, I), w_hh (G*H, P), [b_ih, b_hh (G*H)], [w_hr (P, H)].
         save: write the tape that `layer_backward` needs, as of a layer with T = 1.
+        precision: as for `layer`.
 
     Returns:
         h (B, P), c (B, H), tape. What was not asked for, and c of a cell without one, has shape (0,).
@@ -180,7 +216,7 @@ def step(
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _step(cell, input, h0, c0, weights, save)
+    return _step(cell, input, h0, c0, weights, save, precision)
 
 
 def layer_backward(
@@ -201,6 +237,7 @@ def layer_backward(
     bidirectional: bool,
     batch_major: bool,
     needs: list[bool],
+    precision: int = 0,
 ) -> list[Tensor]:
     """Back-propagation through time of `layer`; with a 2-D input and no batch_sizes, of `step`, whose shapes it takes.
 
@@ -226,6 +263,7 @@ def layer_backward(
         bidirectional,
         batch_major,
         needs,
+        precision,
     )
 
 
@@ -246,6 +284,7 @@ def stack_backward(
     batch_major: bool,
     num_layers: int,
     needs: list[bool],
+    precision: int = 0,
 ) -> list[Tensor]:
     """Back-propagation through time for the same arguments as `stack` and what it saved. All else as for
     `layer_backward`."""
@@ -266,6 +305,7 @@ def stack_backward(
         batch_major,
         num_layers,
         needs,
+        precision,
     )
 
 
@@ -297,7 +337,9 @@ def _sizes(cell: str, input, weights, D: int, layers: int, batch_sizes, *known) 
 
 
 @torch.library.register_fake("fastrnn::layer")
-def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save):
+def _(
+    cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save, *_precision
+):
     D = 2 if bidirectional else 1
     T, B, N, H, P, projection = _sizes(cell, input, weights, D, 1, batch_sizes, h0, c0, reset)
     output = _rows(input, T, B, D * P, batch_major) if batch_sizes is None else input.new_empty(N, D * P)
@@ -314,7 +356,21 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
 
 
 @torch.library.register_fake("fastrnn::stack")
-def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers, saved_from):
+def _(
+    cell,
+    input,
+    h0,
+    c0,
+    weights,
+    batch_sizes,
+    lengths,
+    reset,
+    bidirectional,
+    batch_major,
+    num_layers,
+    saved_from,
+    *_precision,
+):
     D = 2 if bidirectional else 1
     T, B, N, H, P, projection = _sizes(cell, input, weights, D, num_layers, batch_sizes, h0, c0, reset)
 
@@ -328,7 +384,7 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
 
 
 @torch.library.register_fake("fastrnn::step")
-def _(cell, input, h0, c0, weights, save):
+def _(cell, input, h0, c0, weights, save, *_precision):
     B, P, H = input.size(0), weights[1].size(1), weights[1].size(0) // CELLS[cell]["gates"]
     h, c = input.new_empty(B, P), input.new_empty(B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
     return h, c, _tape(cell, input, (1, B), H, P, len(weights) % 2 == 1, save)
@@ -347,13 +403,13 @@ def _fake_backward(input, batch_major, needs, *others):
 
 @torch.library.register_fake("fastrnn::layer_backward")
 def _(cell, input, h0, c0, weights, *args):
-    *_, batch_major, needs = args
+    batch_major, needs = args[10:12]
     return _fake_backward(input, batch_major, needs, h0, c0, *weights)
 
 
 @torch.library.register_fake("fastrnn::stack_backward")
 def _(cell, input, h0, c0, weights, *args):
-    *_, batch_major, _num_layers, needs = args
+    batch_major, _num_layers, needs = args[8:11]
     return _fake_backward(input, batch_major, needs, h0, c0, *weights)
 
 
@@ -386,7 +442,7 @@ def _layers(input, weights, bidirectional: bool, num_layers: int):
 
 @register_flop_formula(torch.ops.fastrnn.stack)
 def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, *args, out_shape=None, **kwargs) -> int:
-    _batch_major, num_layers, _saved_from = args
+    num_layers = args[1]
     layers = _layers(input, weights, bidirectional, num_layers)
     return sum(sum(_products(cell, x, part, bidirectional)) for x, part in layers)
 
@@ -410,13 +466,13 @@ def _backward_flops(cell: str, input, weights, bidirectional: bool, needs_input:
 
 @register_flop_formula(torch.ops.fastrnn.layer_backward)
 def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
-    bidirectional, _batch_major, needs = args[-3:]
+    bidirectional, needs = args[9], args[11]
     return _backward_flops(cell, input, weights, bidirectional, needs[0], needs[3:])
 
 
 @register_flop_formula(torch.ops.fastrnn.stack_backward)
 def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
-    bidirectional, _batch_major, num_layers, needs = args[-4:]
+    bidirectional, _batch_major, num_layers, needs = args[7:11]
     total, below, per = 0, any(needs[:3]), len(weights) // num_layers
     for k, (x, part) in enumerate(_layers(input, weights, bidirectional, num_layers)):
         needed = needs[3 + k * per : 3 + (k + 1) * per]

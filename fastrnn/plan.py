@@ -79,13 +79,27 @@ def plan(
     return _plan_autocast(cell, input, h0, c0, weights, onednn, extended, reason)
 
 
+EXACT, TF32, BF16 = 0, 1, 2  # csrc/problem.h: Precision
+_PRECISION = {"tf32": TF32, "bf16": BF16}
+
+
+def precision(work: torch.dtype) -> int:
+    """How much of `work` products may keep: torch's switch for RNNs on the CPU, which concerns float32 alone."""
+    return _PRECISION.get(_fp32_precision(), EXACT) if work is torch.float32 else EXACT
+
+
+def _fp32_precision() -> str:
+    return torch._C._get_fp32_precision_getter("mkldnn", "rnn")
+
+
 def _onednn_enabled() -> bool:
     return torch._C._get_mkldnn_enabled()
 
 
-# What torch.compiler.assume_constant_result does, without importing all of Dynamo here: torch.compile reads the switch
-# once, at compile time.
+# What torch.compiler.assume_constant_result does, without importing all of Dynamo here: torch.compile reads the
+# switches once, at compile time.
 _onednn_enabled._dynamo_marked_constant = True
+_fp32_precision._dynamo_marked_constant = True
 
 
 def _plan_autocast(cell, input, h0, c0, weights, onednn, extended, reason) -> Route:

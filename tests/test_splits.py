@@ -4,7 +4,6 @@ The split is forced (fastrnn._C.set_split), and compared with one thread. Sizes 
 several groups of vectors, batches that the threads do not divide. What else must not change bits: test_determinism.py.
 """
 
-import contextlib
 import itertools
 import os
 import subprocess
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import fastrnn._C as _C
 import pytest
 import torch
-from conftest import KINDS, build, tensors_in
+from conftest import KINDS, build, shared_out, tensors_in
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
@@ -40,19 +39,6 @@ VARIANTS = {
     "bfloat16": {"dtype": torch.bfloat16},
     "bfloat16, both directions, packed": {"dtype": torch.bfloat16, "bidirectional": True, "packed": True},
 }
-
-
-@contextlib.contextmanager
-def shared_out(split, threads):
-    """Inside, layers are shared out like this."""
-    before = torch.get_num_threads()
-    try:
-        _C.set_split(split)
-        torch.set_num_threads(threads)
-        yield
-    finally:
-        _C.set_split("")
-        torch.set_num_threads(before)
 
 
 def case(kind, T, B, H, dtype=torch.float32, bidirectional=False, lengths=False, packed=False, reset=False, **options):

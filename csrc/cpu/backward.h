@@ -147,7 +147,7 @@ struct BackwardPass {
     Rw = O::words(R);
     Rw += Rw % 2 == 0;
     const int64_t K = G * Hw;
-    in_place = p.T == 1 && N <= few_rows && !storage.rounds;
+    in_place = p.T == 1 && N <= few_rows && !storage.rounds && !twice;
     once = p.T == 1 && (split.workers == 1 ? N <= 48 : in_place);
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
     for (int d = 0; d < p.D; ++d) {
@@ -278,7 +278,7 @@ struct BackwardPass {
   void prepare(int64_t worker) {
     const Place place(split, worker);
     const Worker& w = workers[worker];
-    T* const unused = nullptr;
+    T* const unused = nullptr;  // scratch is for sources that are transposed
     for (int d = 0; d < p.D; ++d) {
       if (p.dx.data && !once) {
         const int64_t groups = group_count(w_ih[d]);

@@ -20,6 +20,9 @@ struct ForwardPass {
   const int64_t Iw = O::words(p.I), Pw = O::words(p.P), row_w = O::words(Pp);
   const int64_t tape_h = padded_to_tape_block(p.H);
   const bool projected = p.projected, prepacked = p.weights[0].packed != nullptr;
+  static constexpr bool paired = O::words(2) == 1;
+  const bool as_words = !storage.rounds && !paired;  // every row is stored as the products read it
+  const bool keeps_h = Cell::reads_h && !O::exact(storage);
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
   const bool dot = !prepacked && p.T == 1 && p.B <= dot_rows;  // by the whole batch: no cut into slices changes bits
   Split split;
@@ -36,6 +39,7 @@ struct ForwardPass {
   struct State {
     T* h[2];   // [rows][Pp] as words: the state that enters even, odd steps
     T* h_raw;  // [rows][Hp] before a projection
+    T* h_own;  // [rows][Hp] where the cell reads h itself, and words do not hold it
     T* c;      // [rows][Hp]
   };
 
@@ -117,7 +121,7 @@ struct ForwardPass {
         take_weights(carve, d);
       }
     }
-    pack_scratch_size = once || prepacked || !storage.rounds ? 0 : W * larger(p.I, larger(p.P, p.H));
+    pack_scratch_size = once || prepacked || as_words ? 0 : W * larger(p.I, larger(p.P, p.H));
     pack_scratch = carve.take<T>(pack_scratch_size * split.workers);
     carve.gap();
     barriers = carve.take<Barrier>(1 + split.directions * split.slices);
@@ -128,6 +132,7 @@ struct ForwardPass {
       carve.gap();
       for (T*& h : s.h) h = carve.take<T>(longest * row_w);
       s.h_raw = projected ? carve.take<T>(longest * Hp) : nullptr;
+      s.h_own = carve.take<T>(keeps_h ? longest * Hp : 0);
       s.c = carve.take<T>(Cell::has_c ? longest * Hp : 0);
       if (memory) states[i] = s;
     }
@@ -157,7 +162,7 @@ struct ForwardPass {
       w.offset = carve.take<int64_t>(tile);
       const int64_t deepest = once || dot ? larger(p.I, larger(p.P, p.H)) : 0;
       w.panel = carve.take<T>(deepest * group_vectors * W);
-      w.scratch = carve.take<T>(storage.rounds ? deepest * W : 0);
+      w.scratch = carve.take<T>(as_words ? 0 : deepest * W);
       w.cut = carve.take<bool>(p.reset ? longest : 0);
       if (!memory) continue;
       w.states = states + place.slice * p.D;
@@ -254,15 +259,27 @@ struct ForwardPass {
     const int64_t b = row_of(p, w.slice.rank(i));
     T* h = s.h[0] + i * row_w;
     load_row<O>(p, storage, p.h0, d, b, p.P, Pp, h);
+    if (keeps_h) load_row<Singles<V>>(p, storage, p.h0, d, b, p.H, Hp, s.h_own + i * Hp);
     if (Cell::has_c) load_row<Singles<V>>(p, storage, p.c0, d, b, p.H, Hp, s.c + i * Hp);
     if (length_of(p, b) == 0) {  // no step will write them
-      O::write(storage, h, bytes(p.h_n) + (d * p.B + b) * p.P * storage.size, p.P);
-      if (Cell::has_c) storage.narrow(s.c + i * Hp, bytes(p.c_n) + (d * p.B + b) * p.H * storage.size, p.H);
+      copy_state(p.h0, p.h_n, d * p.B + b, p.P);
+      if (Cell::has_c) copy_state(p.c0, p.c_n, d * p.B + b, p.H);
     } else if (d == 0 && is_cut(p, 0, 0, b)) {
       zero(h, row_w);
+      if (keeps_h) zero(s.h_own + i * Hp, Hp);
       if (Cell::has_c) zero(s.c + i * Hp, Hp);
     }
     __builtin_memcpy(s.h[1] + i * row_w, h, size_t(row_w) * sizeof(T));
+  }
+
+  // Row `row` of a state as it is stored; zero where there is none.
+  void copy_state(const void* from, void* to, int64_t row, int64_t width) const {
+    const size_t size = size_t(width * storage.size);
+    char* const at = bytes(to) + row * int64_t(size);
+    if (from)
+      __builtin_memcpy(at, bytes(from) + row * int64_t(size), size);
+    else
+      __builtin_memset(at, 0, size);
   }
 
   // ------------------------------------------------------------------------------------------------------- one step
@@ -341,7 +358,7 @@ struct ForwardPass {
     for (int64_t i = begin; i < end; ++i) {
       const char* from = bytes(p.x.data) + row_offset(p, p.x, t, row_of(p, w.slice.rank(i))) * storage.size;
       T* to = w.x + (rows++) * Iw;
-      if (folded && !storage.rounds)
+      if (folded && as_words)
         for (int64_t k = 0; k < p.I; ++k) to[k] = reinterpret_cast<const T*>(from)[k];
       else
         O::read(storage, from, to, p.I);
@@ -448,7 +465,7 @@ struct ForwardPass {
         else
           a[slot] = x[k * G + slot - X];
       }
-      if (Cell::reads_h) h = O::load(s.h + i * row_w, unit);
+      if (Cell::reads_h) h = keeps_h ? V::load(s.state.h_own + i * Hp + unit) : O::load(s.h + i * row_w, unit);
       if (Cell::has_c) c = V::load(s.state.c + i * Hp + unit);
       Cell::forward(a, h, c, tape);
       if (Cell::has_c) put_c(s, i, b, unit, c);
@@ -476,7 +493,9 @@ struct ForwardPass {
     h = Storage<V>::store(storage, h, bytes(p.y.data) + (row_offset(p, p.y, s.t, b) + s.d * p.P + unit) * size, n);
     if (p.h_all) Storage<V>::store(storage, h, bytes(p.h_all) + (((s.d * p.T + s.t) * p.B + b) * p.P + unit) * size, n);
     if (i >= s.final) Storage<V>::store(storage, h, bytes(p.h_n) + ((s.d * p.B + b) * p.P + unit) * size, n);
-    O::store(s.cut && s.cut[i] ? V::set(0) : h, s.h_new + i * row_w, unit, n);
+    const V next = s.cut && s.cut[i] ? V::set(0) : h;
+    O::store(next, s.h_new + i * row_w, unit, n);
+    if (keeps_h) next.store(s.state.h_own + i * Hp + unit);
     return h;
   }
 

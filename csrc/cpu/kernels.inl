@@ -54,14 +54,16 @@ void with_types(const Layer& layer, const F& f) {
   });
 }
 
-// Calls f(cell, value, operand) with the types of a pass: where `pairs`, bfloat16 is multiplied by pairs.
+// Calls f(cell, value, operand) with the types of a pass: where `pairs`, bfloat16 is multiplied by pairs, and so is
+// float32 where it may be rounded to that.
 template <bool pairs, class F>
 void with_operand(const Layer& layer, const F& f) {
   with_types(layer, [&](auto cell, auto v) {
     using V = decltype(v);
 #if defined(FASTRNN_ISA_AVX512)
     if constexpr (pairs && sizeof(typename V::T) == 4)
-      if (layer.dtype == Dtype::bf16) return f(cell, v, Pairs{});
+      if (layer.dtype == Dtype::bf16 || (layer.dtype == Dtype::f32 && layer.precision == Precision::bf16))
+        return f(cell, v, Pairs{});
 #endif
     f(cell, v, Singles<V>{});
   });

@@ -9,9 +9,10 @@ struct Singles {
   static constexpr int64_t words(int64_t values) { return values; }
   FASTRNN_INLINE V multiply_add(V x, V y, V sum) { return fma(x, y, sum); }
 
-  // n stored values as words, and back.
+  // Whether words say all of the values that are stored.
+  static constexpr bool exact(const Storage<V>&) { return true; }
+  // n stored values as words.
   static void read(const Storage<V>& storage, const void* from, T* to, int64_t n) { storage.widen(from, to, n); }
-  static void write(const Storage<V>& storage, const T* from, void* to, int64_t n) { storage.narrow(from, to, n); }
   // Whether stored rows of n values, the first at `from`, are words already.
   static bool readable(const Storage<V>& storage, const void*, int64_t) { return !storage.rounds; }
 
@@ -29,21 +30,23 @@ struct Singles {
 };
 
 #if defined(FASTRNN_ISA_AVX512)
-// For bfloat16 storage, whose values a row of words holds as they are stored; an odd one out is paired with zero.
+// Of bfloat16 storage a row of words holds the values as they are stored, of float32 it holds them rounded; an odd one
+// out is paired with zero.
 struct Pairs {
   using T = float;
   static constexpr int64_t words(int64_t values) { return (values + 1) / 2; }
   FASTRNN_INLINE f32 multiply_add(f32 x, f32 y, f32 sum) { return dot_pairs(x, y, sum); }
 
-  static void read(const Storage<f32>&, const void* from, T* to, int64_t n) {
+  static bool exact(const Storage<f32>& storage) { return storage.dtype == Dtype::bf16; }
+  static void read(const Storage<f32>& storage, const void* from, T* to, int64_t n) {
     if (n % 2) to[n / 2] = 0;
-    __builtin_memcpy(to, from, size_t(n) * 2);
+    if (storage.dtype == Dtype::bf16)
+      __builtin_memcpy(to, from, size_t(n) * 2);
+    else
+      Storage<f32>(Dtype::bf16).narrow(static_cast<const T*>(from), to, n);
   }
-  static void write(const Storage<f32>&, const T* from, void* to, int64_t n) {
-    __builtin_memcpy(to, from, size_t(n) * 2);
-  }
-  static bool readable(const Storage<f32>&, const void* from, int64_t n) {
-    return n % 2 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(T) == 0;
+  static bool readable(const Storage<f32>& storage, const void* from, int64_t n) {
+    return storage.dtype == Dtype::bf16 && n % 2 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(T) == 0;
   }
 
   FASTRNN_INLINE f32 load(const T* row, int64_t unit) {
