@@ -9,8 +9,9 @@ def workspace_bytes() -> int:
     """Bytes of memory that the CPU kernels keep for later calls, all threads together.
 
     That is scratch memory, at most 64 MiB for each living Python (or other) thread that has called a kernel, and memory
-    for what backward needs, at most 256 MiB for the whole process. What a running kernel uses is not counted, nor what
-    belongs to a graph whose backward is still to come. Tensors never lie in scratch memory.
+    for what backward needs, for the gradients of weights and for larger scratch, at most 256 MiB for the whole process.
+    What a running kernel uses is not counted, nor what belongs to a graph whose backward is still to come. Tensors
+    never lie in scratch memory.
     """
     return _C.workspace_bytes()
 

@@ -94,7 +94,7 @@ def test_many_shapes_stay_within_the_bounds():
 
 
 def test_a_call_beyond_the_bounds_keeps_nothing_of_itself():
-    """One tape of more than 256 MiB is given back to the system at once, and so is scratch memory of more than 64."""
+    """One tape of more than 256 MiB is given back to the system at once."""
     rnn = fastrnn.LSTM(8, 512)
     x = torch.randn(20, 1600, 8)
     output, _ = rnn(x)  # the tape: 20 * 1600 * 5 * 512 * 4 bytes = 312 MiB
@@ -102,6 +102,24 @@ def test_a_call_beyond_the_bounds_keeps_nothing_of_itself():
     del output
     gc.collect()
     assert fastrnn.workspace_bytes() <= SCRATCH
+
+
+def test_scratch_too_large_for_a_thread_counts_among_what_the_process_keeps():
+    rnn, x = fastrnn.LSTM(40, 1800), torch.randn(2, 1, 40)  # packed weights of 4 * 1800 * 1840 * 4 bytes = 51 MiB
+    with torch.no_grad():
+        rnn(x)
+        small = fastrnn.workspace_bytes()
+        assert 50 * MIB < small <= SCRATCH
+        rnn, x = fastrnn.LSTM(1400, 1800), torch.randn(2, 1, 1400)  # 88 MiB
+        expected = rnn(x)[0]
+        both = fastrnn.workspace_bytes()
+        assert small + 85 * MIB < both <= SCRATCH + TAPES
+        assert rnn(x)[0].equal(expected)
+        assert fastrnn.workspace_bytes() == both  # used again
+        rnn, x = fastrnn.LSTM(1400, 4800), torch.randn(2, 1, 1400)  # 454 MiB
+        rnn(x)
+        assert fastrnn.workspace_bytes() == small
+    assert fastrnn.release_workspace() == small
 
 
 def test_inference_keeps_no_tapes():

@@ -156,11 +156,12 @@ Workspace::Workspace() {
 }
 
 Workspace::~Workspace() {
-  if (arena_->size > kept_bytes) arena_->resize(0);
+  if (block_) give_block(block_);
   arena_->busy.unlock();
 }
 
 void* Workspace::reserve(size_t bytes) {
+  if (bytes > kept_bytes) return block_ = take_block(bytes);
   if (arena_->size < bytes) arena_->resize(std::max(bytes, std::min(2 * arena_->size, kept_bytes)));
   return arena_->data;
 }

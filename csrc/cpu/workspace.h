@@ -1,6 +1,6 @@
 // Memory of the kernels that outlives a call: one scratch arena per calling thread, and blocks for the tapes that wait
-// for backward and for the gradients of weights. Both are kept for the next call, up to a bound: fresh memory costs a
-// page fault for every 4 KiB, which is more than the arithmetic of a small layer.
+// for backward, for the gradients of weights, and for scratch too large for an arena. Both are kept for the next call,
+// up to a bound: fresh memory costs a page fault for every 4 KiB, which is more than the arithmetic of a small layer.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace fastrnn {
 class Workspace {
  public:
   Workspace();
-  ~Workspace();  // gives memory above a fixed bound back to the system
+  ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
@@ -20,6 +20,7 @@ class Workspace {
 
  private:
   struct Arena* arena_;
+  void* block_ = nullptr;  // instead of the arena's memory
 };
 
 // A block of at least `bytes` bytes, 64-byte aligned, contents undefined; throws std::bad_alloc. Give it back to
