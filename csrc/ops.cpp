@@ -325,6 +325,9 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
   for (int64_t k = count - 1; k >= lowest; --k) {
     part.input = k == 0 ? a.input : saved.inputs[static_cast<size_t>(k - saved.from)];
     part.weights.assign(a.weights.begin() + k * per_layer, a.weights.begin() + (k + 1) * per_layer);
+    if (k > 0 && (part.input.dim() != a.input.dim() || part.weights[0].dim() != 2 ||
+                  part.input.size(part.input.dim() - 1) != part.weights[0].size(1)))
+      fail("saved: expected an input of layer ", k, " that fits its weights, got shape ", shape_of(part.input));
     problems.push_back(check(part, bidirectional, one_step));
     Problem& p = problems.back();
     Backward& b = layers[problems.size() - 1];
@@ -358,8 +361,8 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
         fail("saved: expected the inputs of all layers to have T = ", layers[0].T, ", B = ", layers[0].B, ", got ",
              shape_of(part.input), " for layer ", k);
     }
-    b.tape = keep(p, saved.tapes[static_cast<size_t>(k - saved.from)], "tape", {b.D, p.N, tape_width(p)},
-                  "(D, N, tape width)", p.compute);
+    b.tape = keep(p, saved.tapes[static_cast<size_t>(k - saved.from)], count > 1 ? "saved (tape)" : "tape",
+                  {b.D, p.N, tape_width(p)}, "(D, N, tape width)", p.compute);
     if (dy) {
       const Shape shape = flat ? Shape{p.N, b.D * b.P} : Shape{b.T, b.B, b.D * b.P};
       check_tensor(*dy, "d_output", p.dtype, shape, p.packed ? "(N, D*P)" : "(T, B, D*P)");
@@ -392,7 +395,7 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
       if (b.dx_is_compute) dx = stable::to(dx, p.input.scalar_type());
     }
     if (k == 0 && needs[0]) results[0] = dx;
-    dy = dx;  // memory for two layers' will do
+    dy = dx;  // memory for two layers' will do, unless they are worked on side by side
   }
   if (layers[0].B && wave.groups > 1)
     current().backward_wavefront(layers.data(), static_cast<int>(layers.size()), wave, team());

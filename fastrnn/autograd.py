@@ -1,7 +1,8 @@
 """The autograd.Functions: layers on the kernels, or one step, with back-propagation through time on the kernels.
 
 Bypassed when nothing needs a gradient. A backward that is itself to be differentiated (create_graph) recomputes the
-layers through reference.py, so second and higher derivatives are right.
+layers through reference.py, so second and higher derivatives are right (in all of float32, whatever precision the
+forward pass was allowed).
 """
 
 from __future__ import annotations

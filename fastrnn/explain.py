@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastrnn import _C, autograd, cells, frozen, functional, modules
-from fastrnn.plan import BF16, EXACT, KERNEL, SERVED, TORCH, Route, plan, precision
+from fastrnn.plan import EXACT, KERNEL, SERVED, TORCH, Route, fp32_precision, plan, precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +95,11 @@ def _found(
 
 def _precision(work: torch.dtype) -> str:
     """What comes of torch's switch for the precision of RNNs, when it does not ask for all of float32."""
-    wanted = precision(work)
-    if wanted == EXACT:
-        return ""
-    if wanted == BF16 and _C.isa() == "avx512_bf16":
+    if precision(work) != EXACT:
         return "; its products are of numbers rounded to bfloat16 (torch.backends.mkldnn.rnn.fp32_precision)"
-    return f"; float32 stays exact: {_C.isa()} would not be faster for less"
+    if work is torch.float32 and fp32_precision() in ("tf32", "bf16"):
+        return f"; float32 stays exact: {_C.isa()} would not be faster for less"
+    return ""
 
 
 def _plan(route: Route, cell: str, layers, in_one_call: bool = False, kept: bool = False) -> Plan:

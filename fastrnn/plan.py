@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
+from fastrnn.ops import _C
+
 KERNEL, TORCH, REFERENCE = "fastrnn cpu kernel", "torch", "reference"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REAL = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # types of tensors that do not stand for others
@@ -79,17 +81,22 @@ def plan(
     return _plan_autocast(cell, input, h0, c0, weights, onednn, extended, reason)
 
 
-EXACT, TF32, BF16 = 0, 1, 2  # csrc/problem.h: Precision
-_PRECISION = {"tf32": TF32, "bf16": BF16}
+EXACT, BF16 = 0, 2  # csrc/problem.h: Precision
 
 
 def precision(work: torch.dtype) -> int:
-    """How much of `work` products may keep: torch's switch for RNNs on the CPU, which concerns float32 alone."""
-    return _PRECISION.get(_fp32_precision(), EXACT) if work is torch.float32 else EXACT
+    """How much of `work` the products of a call keep: what torch's switch for RNNs on the CPU allows, which concerns
+    float32 alone, where the instruction set in use is the faster for it."""
+    return _precision() if work is torch.float32 else EXACT
 
 
-def _fp32_precision() -> str:
+def fp32_precision() -> str:
+    """That switch, torch.backends.mkldnn.rnn.fp32_precision."""
     return torch._C._get_fp32_precision_getter("mkldnn", "rnn")
+
+
+def _precision() -> int:
+    return BF16 if fp32_precision() == "bf16" and _C.isa() == "avx512_bf16" else EXACT
 
 
 def _onednn_enabled() -> bool:
@@ -99,7 +106,7 @@ def _onednn_enabled() -> bool:
 # What torch.compiler.assume_constant_result does, without importing all of Dynamo here: torch.compile reads the
 # switches once, at compile time.
 _onednn_enabled._dynamo_marked_constant = True
-_fp32_precision._dynamo_marked_constant = True
+_precision._dynamo_marked_constant = True
 
 
 def _plan_autocast(cell, input, h0, c0, weights, onednn, extended, reason) -> Route:

@@ -71,10 +71,10 @@ def drivers(tmp_path_factory):
 @pytest.mark.parametrize(
     ("sanitizer", "arguments"),
     [
-        ("address", ["layers", "60"]),
+        ("address", ["layers", "50"]),
         ("address", ["gradient", "60"]),
         ("address", ["ulp", "40009"]),
-        ("thread", ["layers", "20"]),
+        ("thread", ["layers", "12"]),
     ],
 )
 def test_driver(drivers, sanitizer, arguments):

@@ -10,7 +10,8 @@
 // (gradients.h). Two buffers take turns: one chunk's recurrence needs the last dgates of the chunk before, and may
 // begin while others still read that.
 
-// O says what the products multiply (operand.h); a projection multiplies single values.
+// O says what the products multiply (operand.h). A projection multiplies single values, but not for the gradient of its
+// weights.
 template <class Cell, class V, class O = Singles<V>>
 struct BackwardPass {
   using T = typename V::T;

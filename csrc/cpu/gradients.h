@@ -5,7 +5,8 @@
 //
 // Both operands lie in blocks (gemm.h): the rows of a block follow each other, so a register tile of a weight gradient
 // streams through them without any packing. Chunks are added in the order in which the recurrence runs backward.
-// O says what is multiplied (operand.h): of pairs, those of neighbouring rows.
+// O says what is multiplied (operand.h): of pairs, those of neighbouring rows. The gradients of biases add up the same
+// words, so that of pairs they are float32 sums of rounded numbers.
 
 template <class V, class O>
 struct GradientTasks {

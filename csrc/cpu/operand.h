@@ -55,7 +55,8 @@ struct Pairs {
   FASTRNN_INLINE void store(f32 x, T* row, int64_t unit, int64_t n) {
     uint16_t* halves = reinterpret_cast<uint16_t*>(row) + unit;
     store_bf16(halves, x);
-    if (n < f32::lanes && n % 2) halves[n] = 0;  // lanes past the row may hold NaN, which times zero is not zero
+    if (n < f32::lanes && n % 2)
+      __builtin_memset(halves + n, 0, 2);  // lanes past the row may hold NaN, which times zero is not zero
   }
 
   FASTRNN_INLINE f32 zip(const Storage<f32>& storage, const void* even, const void* odd, int64_t n) {

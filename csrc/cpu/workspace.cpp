@@ -134,6 +134,7 @@ void* take_block(size_t bytes) {
 
 void give_block(void* data) {
   char* block = static_cast<char*>(data) - block_header;
+  if (block_size(block) > kept_block_bytes) return std::free(block);  // it would drive all others out
   std::vector<char*> freed;  // outside the lock: giving memory back to the system takes its time
   {
     Blocks& all = blocks();
