@@ -12,6 +12,7 @@ two. For fastrnn beside torch.nn use `python -m fastrnn bench`, which alternates
 """
 
 import pytest
+import torch
 
 import fastrnn
 from fastrnn import measure
@@ -25,9 +26,10 @@ def case(workload, dtype):
 @pytest.mark.parametrize("contender", ["torch", "fastrnn"])
 def bench_sequences(benchmark, case, workload, mode, contender):
     call = case.call(contender, mode)
-    call()  # untimed: what only a first call needs
     benchmark.group = f"{workload.name} ({workload.cell} {workload.shape}), {mode}"
-    benchmark(call)
+    with torch.set_grad_enabled(mode == "training"):
+        call()  # untimed: what only a first call needs
+        benchmark(call)
     operations = measure.operations(workload, mode, case.rows)
     benchmark.extra_info.update(
         cell=workload.cell, shape=workload.shape, mode=mode, contender=contender, dtype=str(case.dtype)[6:],

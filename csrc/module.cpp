@@ -81,7 +81,8 @@ py::list cells() {
 void set_split(const std::string& name) {
   if (!force_split(name.c_str()))
     throw py::value_error(
-        "split: expected 'serial', 'batch', 'hidden', 'wavefront', or '' for the model's choice, got '" + name + "'");
+        "split: expected 'serial', 'batch', 'hidden', 'wavefront', 'ahead', or '' for the model's choice, got '" +
+        name + "'");
 }
 
 const CellTraits& find_cell(const std::string& name) {
@@ -110,6 +111,7 @@ py::dict split_of(const std::string& name, bool float64, int64_t T, int64_t B, i
   result["directions"] = s.directions;
   result["slices"] = s.slices;
   result["parts"] = s.parts;
+  result["ahead"] = s.ahead;
   result["limit"] = s.limit;
   result["groups"] = wave.groups;
   return result;
@@ -160,7 +162,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return current().isa; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("isa"), "Forces an instruction set for the whole process; '' for the default.");
   m.def("set_split", &set_split, py::arg("split"),
-        "Forces how layers are shared out among threads ('serial', 'batch', 'hidden', 'wavefront'; '' for the model's "
+        "Forces how layers are shared out among threads ('serial', 'batch', 'hidden', 'wavefront', 'ahead'; '' for the "
+        "model's "
         "choice).");
   m.def(
       "split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),

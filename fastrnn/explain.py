@@ -82,6 +82,9 @@ def _split(cell: str, dtype: torch.dtype, sizes: dict[str, int], threads: int, g
     text = " x ".join(ways)
     if found["directions"] > 1:
         text = "directions side by side" + (f", each in {text}" if text else "")
+    if found["ahead"]:
+        text = f"{text}, each with a thread more" if text else "one thread for the recurrence, another"
+        text += " to project its input ahead"
     return f"{text or 'one thread'}; limit: {found['limit']}"
 
 

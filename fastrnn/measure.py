@@ -129,18 +129,13 @@ class Case:
         return torch.cat(outputs)
 
     def call(self, name: str, mode: str) -> Callable[[], None]:
-        """The call that is timed. Training: forward and backward of a fixed gradient, into empty .grad, as after
-        optimizer.zero_grad()."""
+        """The call that is timed. Inference: where the caller has turned gradients off, once for many calls. Training:
+        forward and backward of a fixed gradient, into empty .grad, as after optimizer.zero_grad()."""
         module = self.modules["fastrnn" if name == "plain" else name]
         x, hx, gradient = self.x, self.hx, self.gradient
         turn = self.turns["torch" if name == "torch" else "fastrnn"]
         if mode == "inference":
-
-            def infer():
-                with torch.no_grad():
-                    self.output(name, module, x, hx, next(turn))
-
-            return infer
+            return lambda: self.output(name, module, x, hx, next(turn))
         if self.w.input_gradient:
             x = x.detach().requires_grad_()
         leaves = [*module.parameters(), x]
@@ -288,7 +283,8 @@ def measure(w: Workload, dtype: torch.dtype, seconds: float, peers=(), order: ra
         "input_gradient": w.input_gradient, "recurrent_weights": recurrent_weights(w),
     }  # fmt: skip
     for mode in w.modes:
-        times = interleave({name: case.call(name, mode) for name in case.contenders()}, seconds, order)
+        with torch.set_grad_enabled(mode == "training"):
+            times = interleave({name: case.call(name, mode) for name in case.contenders()}, seconds, order)
         work = operations(w, mode, case.rows)
         row[mode] = {
             "times": times,
@@ -319,7 +315,8 @@ def beside(peer, case: Case, seconds: float, order: random.Random) -> dict:
         return {"left_out": f"its output differs from torch.nn's by {wrong:.1e}, {most}"}
     case.freeze()
     ours = {name: case.call(name, "inference") for name in ("frozen", "fastrnn")}
-    times = apart({peer.name: contender.run, **ours}, seconds, order)
+    with torch.no_grad():
+        times = apart({peer.name: contender.run, **ours}, seconds, order)
     steps = case.w.T * case.w.L
     return {
         "times": times,

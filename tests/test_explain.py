@@ -75,8 +75,8 @@ def test_how_a_layer_is_shared_out_in_words(split):
 def test_every_way_of_sharing_out_has_its_words(monkeypatch):
     """Also those that take more threads than this machine may have."""
 
-    def words(directions, slices, parts):
-        found = {"directions": directions, "slices": slices, "parts": parts, "limit": "arithmetic"}
+    def words(directions, slices, parts, ahead=False):
+        found = {"directions": directions, "slices": slices, "parts": parts, "ahead": ahead, "limit": "arithmetic"}
         monkeypatch.setattr(_C, "split", lambda *arguments: found)
         return fastrnn.explain(fastrnn.GRU(5, 7), torch.randn(6, 4, 5)).splits[0]
 
@@ -88,6 +88,10 @@ def test_every_way_of_sharing_out_has_its_words(monkeypatch):
     assert words(2, 1, 1) == "directions side by side; limit: arithmetic"
     assert words(2, 2, 1) == "directions side by side, each in 2 slices of the batch; limit: arithmetic"
     assert words(2, 1, 2) == f"directions side by side, each in 2 {hidden}; limit: arithmetic"
+    ahead = "to project its input ahead; limit: arithmetic"
+    assert words(1, 1, 1, True) == f"one thread for the recurrence, another {ahead}"
+    assert words(1, 2, 1, True) == f"2 slices of the batch, each with a thread more {ahead}"
+    assert words(2, 1, 1, True) == f"directions side by side, each with a thread more {ahead}"
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "LSTM projected"])

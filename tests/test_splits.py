@@ -27,7 +27,8 @@ WAYS = [
     ("serial", 3),
     *(("batch", threads) for threads in (2, 3, 5, 8)),
     *(("hidden", threads) for threads in (2, 3, 5, 8)),
-    *(("", threads) for threads in (1, 2, 3, 5, 8)),
+    *(("ahead", threads) for threads in (2, 4)),
+    *(("", threads) for threads in (2, 3, 8)),
 ]
 VARIANTS = {
     "dense": {},
@@ -103,16 +104,21 @@ def test_the_sizes_give_every_way_real_work():
         for (T, B, H), D in itertools.product(SIZES, (1, 2)):
             with shared_out(split, threads):
                 found = _C.split("lstm", False, T, B, I, H, H, D, threads)
-            seen.add((split, found["directions"], found["slices"] > 1, found["parts"] > 1))
-    assert {tuple(way) for split, *way in seen if split == "serial"} == {(1, False, False)}
-    assert {tuple(way) for split, *way in seen if split == "batch"} >= {(1, True, False), (2, True, False)}
-    assert {tuple(way) for split, *way in seen if split == "hidden"} >= {(1, False, True), (2, False, True)}
-    assert len({tuple(way) for split, *way in seen if split == ""}) > 1
+            seen.add((split, found["directions"], found["slices"] > 1, found["parts"] > 1, found["ahead"]))
+
+    def ways(name):
+        return {tuple(way) for split, *way in seen if split == name}
+
+    assert ways("serial") == {(1, False, False, False)}
+    assert ways("batch") >= {(1, True, False, False), (2, True, False, False)}
+    assert ways("hidden") >= {(1, False, True, False), (2, False, True, False)}
+    assert ways("ahead") >= {(1, False, False, True), (1, True, False, True), (2, False, False, True)}
+    assert len(ways("")) > 1
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(
-        ValueError, match="split: expected 'serial', 'batch', 'hidden', 'wavefront', or '' .*, got 'both'"
+        ValueError, match="split: expected 'serial', 'batch', 'hidden', 'wavefront', 'ahead', or '' .*, got 'both'"
     ):
         _C.set_split("both")
     with pytest.raises(ValueError, match="cell: expected the name of a cell, got 'nonsense'"):
@@ -196,7 +202,7 @@ def run():
 torch.set_num_threads(1)
 alone = run()
 torch.set_num_threads({threads})
-for split in 3 * ["hidden", "wavefront"]:
+for split in 2 * ["hidden", "wavefront", "ahead"]:
     _C.set_split(split)
     assert all(a.equal(b) for a, b in zip(run(), alone))
 print("finished")
@@ -312,7 +318,7 @@ def test_layers_in_one_call_are_the_layers_one_by_one(kind, variant, isa):
     with shared_out("serial", 1):
         expected = call(gradients=True)
     assert all(t.isfinite().all() for t in expected)
-    for split, threads in (("", 1), ("", 2), ("wavefront", 2), ("wavefront", 3), ("wavefront", 8), ("hidden", 2)):
+    for split, threads in (("ahead", 2), ("", 2), ("wavefront", 2), ("wavefront", 3), ("wavefront", 8), ("hidden", 2)):
         with shared_out(split, threads):
             with torch.no_grad():
                 found = call()
@@ -353,7 +359,7 @@ def test_a_wavefront_is_chosen_for_small_layers_alone():
     assert groups("rnn_tanh", H=8) == 1  # handing on costs more
     assert groups(layers=1) == groups(threads=1) == groups(D=2) == groups(T=1) == 1
     assert groups(B=64, H=256) == 1  # slices of the batch do not wait
-    assert groups(layers=3, threads=2) == 2
+    assert groups(layers=4, threads=2) == 2
     with shared_out("hidden", 2):
         assert groups() == 1
 
@@ -373,6 +379,18 @@ def test_explain_tells_of_a_wavefront():
         assert "wavefront" not in str(fastrnn.explain(between, x))
         assert "wavefront" in str(fastrnn.explain(between.eval(), x))
     assert all(s.startswith("wavefront over time, 2 groups of layers side by side; limit: ") for s in plan.splits)
+
+
+def test_the_input_is_projected_ahead_of_small_recurrences():
+    def ahead(cell="lstm", T=500, B=1, I=64, H=64, threads=2):
+        return _C.split(cell, False, T, B, I, H, H, 1, threads)["ahead"]
+
+    if _C.split("lstm", False, 9, 64, I, 70, 70, 1, 8)["slices"] < 2:
+        pytest.skip("the CPU quota of this process is one core: nothing is ever shared out")
+    assert ahead() and ahead("gru") and ahead("gru", H=40)
+    assert not ahead(T=1) and not ahead(threads=1) and not ahead(B=32)
+    assert not ahead(I=1)  # the step multiplies it itself
+    assert not ahead(H=512)  # the hidden units are shared out
 
 
 def test_explain_tells_what_was_forced():

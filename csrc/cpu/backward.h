@@ -92,7 +92,7 @@ struct BackwardPass {
   explicit BackwardPass(const Backward& backward) : p(backward) {}
 
   void run(const Team& team) {
-    split = choose_split(p, traits_of<Cell>(), team.size, W, int(sizeof(T)), Packed<V, 1>::U);
+    split = choose_split(p, true, traits_of<Cell>(), team.size, W, int(sizeof(T)), Packed<V, 1>::U);
     Workspace workspace;
     lay_out(nullptr);
     lay_out(static_cast<char*>(workspace.reserve(size_t(layout_size))));

@@ -100,7 +100,7 @@ struct Units {
 
 FASTRNN_EXPORT Split plan_split(const Layer& layer, int threads) {
   const Units u(layer);
-  return choose_split(layer, u.cell, threads, u.lanes, u.bytes, u.group);
+  return choose_split(layer, false, u.cell, threads, u.lanes, u.bytes, u.group);
 }
 
 FASTRNN_EXPORT Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, bool backward, int threads) {

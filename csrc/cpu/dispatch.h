@@ -44,8 +44,8 @@ extern const Kernels table_bf16;  // with the instruction for pairs of bfloat16
 int available(const Kernels** out);
 // The table in use: the widest available, unless FASTRNN_ISA or force() says otherwise.
 const Kernels& current();
-// choose_split and choose_wavefront (plan.h) for the table in use: how a layer, or `count` of them, would be shared
-// out.
+// choose_split, forward, and choose_wavefront (plan.h) for the table in use: how a layer, or `count` of them, would be
+// shared out.
 Split plan_split(const Layer& layer, int threads);
 Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, bool backward, int threads);
 // Selects a tier by name ("" goes back to the default); false when this machine cannot run it.

@@ -4,7 +4,8 @@
 // step by step the recurrent product of a group of hidden units is summed in registers, the cell is applied to it
 // there, and the new state goes from there to wherever it is wanted. A slice of rows runs through all steps without
 // waiting for the others; the parts of the hidden units of a slice meet after each step. The state is double-buffered,
-// so a step needs no second barrier. In 16-bit storage h is rounded once per step; everything else stays float.
+// so a step needs no second barrier. Where a thread is left over (Split::ahead), it projects one tile while the other
+// goes through the steps of the tile before. In 16-bit storage h is rounded once per step; everything else stays float.
 
 // O says what the products of the input and of the state with the weights multiply (operand.h); a projection multiplies
 // single values.
@@ -12,7 +13,6 @@ template <class Cell, class V, class O = Singles<V>>
 struct ForwardPass {
   using T = typename V::T;
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
-  static constexpr int64_t folded_input = 4;  // inputs this narrow are multiplied in the step itself
 
   const Forward& p;
   const Storage<V> storage{p.dtype};
@@ -28,10 +28,11 @@ struct ForwardPass {
   Split split;
   Packed<V, G> w_ih[2], w_hh[2];
   Packed<V, 1> w_hr[2];
-  T* bias_x[2];       // [blocks][G][W], in the order of gates_x
-  T* bias_h[2];       // [X][Hp], the slots that the input does not reach
-  int64_t longest;    // rows of the largest slice
-  int64_t tile;       // rows of one input projection
+  T* bias_x[2];     // [blocks][G][W], in the order of gates_x
+  T* bias_h[2];     // [X][Hp], the slots that the input does not reach
+  int64_t longest;  // rows of the largest slice
+  int64_t tile;     // rows of one input projection
+  int64_t tile_steps;
   bool once = false;  // one step of few rows: every group of the weights is used once, and packed there and then
   bool folded;
 
@@ -43,22 +44,35 @@ struct ForwardPass {
     T* c;      // [rows][Hp]
   };
 
+  // A projected tile.
+  struct Tile {
+    T* gates_x;       // [tile][blocks of the worker][G][W]
+    int64_t* offset;  // [tile] row of gates_x where each step begins
+  };
+
+  // How many tiles a worker has had made, and its recurrence has used up; of all directions together.
+  struct Progress {
+    alignas(64) int64_t made;
+    alignas(64) int64_t used;
+  };
+
   struct Worker {
     Slice slice;
-    State* states;  // [D]
-    int part;
-    int64_t first, last;          // its blocks of hidden units
-    int64_t first_out, last_out;  // its blocks of a projection
-    T *x, *gates_x, *panel, *scratch;
-    int64_t* offset;  // [tile] row of gates_x where each step of the tile begins
-    bool* cut;        // [rows] whether what enters the next step is zero
+    State* states = nullptr;  // [D]
+    int part = 0;
+    int64_t first = 0, last = 0;          // its blocks of hidden units
+    int64_t first_out = 0, last_out = 0;  // its blocks of a projection
+    T *x = nullptr, *panel = nullptr, *scratch = nullptr;
+    Tile tiles[2] = {};            // in turn, if its input is projected ahead; else the first alone
+    Progress* progress = nullptr;  // if so
+    bool* cut = nullptr;           // [rows] whether what enters the next step is zero
   };
 
   explicit ForwardPass(const Forward& forward) : p(forward) {}
 
   void run(const Team& team) {
-    split = choose_split(p, traits_of<Cell>(), team.size, W, int(sizeof(T)), Packed<V, G>::U);
-    split.workers = split.recurrent();
+    split = choose_split(p, false, traits_of<Cell>(), team.size, W, int(sizeof(T)), Packed<V, G>::U);
+    split.workers = split.recurrent() * (split.ahead ? 2 : 1);
     Workspace workspace;
     lay_out(nullptr);
     lay_out(static_cast<char*>(workspace.reserve(size_t(layout_size))));
@@ -76,7 +90,7 @@ struct ForwardPass {
     prepare(int64_t(0));
   }
   int64_t extent() const { return p.T; }
-  void advance(int64_t begin, int64_t end) { advance(workers[0], 0, begin, end); }
+  void advance(int64_t begin, int64_t end) { advance_through(workers[0], 0, begin, end, 0); }
   void finish() {}
 
   // For weights that are kept packed: the bytes of one direction, and packing it into `memory`.
@@ -90,7 +104,8 @@ struct ForwardPass {
     take_weights(carve, d);
     Workspace workspace;
     const int64_t deepest = larger(p.I, larger(p.P, p.H));
-    pack_weights(d, Place(split, 0), static_cast<T*>(workspace.reserve(size_t(W * deepest * int64_t(sizeof(T))))));
+    pack_weights(d, Place(split, 0), static_cast<T*>(workspace.reserve(size_t(W * deepest * int64_t(sizeof(T))))), true,
+                 true);
   }
   static void* operator new(size_t, void* at) { return at; }
 
@@ -110,7 +125,8 @@ struct ForwardPass {
     constexpr int64_t few = 24, many = 96, cache = 512 * 1024;
     tile = cache / (blocks * G * W * int64_t(sizeof(T)));
     tile = tile < few ? few : tile > many ? many : tile;
-    tile = smaller(tile, longest * p.T);
+    tile = smaller(split.ahead ? ahead_rows : tile, longest * p.T);
+    tile_steps = larger(tile / larger(longest, 1), 1);
     once = !prepacked && p.T == 1 && longest <= tile && split.slices == 1;
     folded = p.I <= folded_input && !once && !dot;
     for (int d = 0; d < p.D; ++d) {
@@ -136,30 +152,25 @@ struct ForwardPass {
       s.c = carve.take<T>(Cell::has_c ? longest * Hp : 0);
       if (memory) states[i] = s;
     }
-    workers = carve.take<Worker>(split.workers);
-    for (int i = 0; i < split.workers; ++i) {
+    workers = carve.take<Worker>(split.recurrent());
+    for (int i = 0; i < split.recurrent(); ++i) {
       const Place place(split, i);
       carve.gap();
-      Worker w{Slice(p, split.slices, place.slice),
-               nullptr,
-               place.part,
-               0,
-               0,
-               0,
-               0,
-               nullptr,
-               nullptr,
-               nullptr,
-               nullptr,
-               nullptr,
-               nullptr};
+      Worker w{Slice(p, split.slices, place.slice)};
+      w.part = place.part;
       w.first = first_block(w_hh[0], place.part, split.parts);
       w.last = first_block(w_hh[0], place.part + 1, split.parts);
       w.first_out = first_block(w_hr[0], place.part, split.parts);
       w.last_out = first_block(w_hr[0], place.part + 1, split.parts);
       w.x = carve.take<T>((folded ? longest : tile) * Iw);
-      w.gates_x = carve.take<T>(folded ? 0 : tile * (w.last - w.first) * G * W);
-      w.offset = carve.take<int64_t>(tile);
+      for (int k = 0; k < (split.ahead ? 2 : 1); ++k) {
+        carve.gap();
+        w.tiles[k].gates_x = carve.take<T>(folded ? 0 : tile * (w.last - w.first) * G * W);
+        w.tiles[k].offset = carve.take<int64_t>(tile_steps);
+      }
+      carve.gap();
+      w.progress = carve.take<Progress>(split.ahead);
+      if (memory) zero(w.progress, split.ahead);
       const int64_t deepest = once || dot ? larger(p.I, larger(p.P, p.H)) : 0;
       w.panel = carve.take<T>(deepest * group_vectors * W);
       w.scratch = carve.take<T>(as_words ? 0 : deepest * W);
@@ -195,16 +206,41 @@ struct ForwardPass {
     meet.everyone(begin, end);
     const int rounds = p.D / split.directions;  // directions one after the other, or this worker's own
     for (int round = 0; round < rounds; ++round) {
+      if (split.ahead) {
+        in_tiles(begin, end, round);
+        continue;
+      }
       if (split.parts == 1) {
-        for (int64_t w = begin; w < end; ++w) advance(workers[w], direction(w, round), 0, p.T);
+        for (int64_t w = begin; w < end; ++w) advance_through(workers[w], direction(w, round), 0, p.T, 0);
         continue;
       }
       for (int64_t q = 0; q < p.T; ++q) {
-        for (int64_t w = begin; w < end; ++w) advance(workers[w], direction(w, round), q, 0, p.T);
+        for (int64_t w = begin; w < end; ++w) advance(workers[w], direction(w, round), q, 0, p.T, 0);
         meet.parts(begin, end);
         if (!projected) continue;
         for (int64_t w = begin; w < end; ++w) project_state(workers[w], direction(w, round), q);
         meet.parts(begin, end);
+      }
+    }
+  }
+
+  // Workers [begin, end) of the recurrence, and of those that project for them and come after them. A thread that has
+  // both ends takes them in turn, so that nobody waits for himself.
+  void in_tiles(int64_t begin, int64_t end, int round) {
+    const int64_t recurrent = split.recurrent(), tiles = ceil_div(p.T, tile_steps);
+    for (int64_t k = 0; k < tiles; ++k) {
+      const int64_t from = k * tile_steps, until = smaller(from + tile_steps, p.T), done = round * tiles + k;
+      for (int64_t i = larger(begin, recurrent); i < end; ++i) {
+        Worker& w = workers[i - recurrent];
+        wait_for(w.progress->used, done - 1);
+        project_tile(w, direction(i - recurrent, round), from, until, w.tiles[done & 1]);
+        __atomic_store_n(&w.progress->made, done + 1, __ATOMIC_RELEASE);
+      }
+      for (int64_t i = begin; i < smaller(end, recurrent); ++i) {
+        Worker& w = workers[i];
+        wait_for(w.progress->made, done + 1);
+        advance_through(w, direction(i, round), from, until, done & 1);
+        __atomic_store_n(&w.progress->used, done + 1, __ATOMIC_RELEASE);
       }
     }
   }
@@ -214,20 +250,24 @@ struct ForwardPass {
   // Packs this worker's share of the weights (those of its own part, which it will read, divided among the slices) and
   // loads its share of the initial states.
   void prepare(int64_t worker) {
-    const Place place(split, worker);
-    const Worker& w = workers[worker];
+    const int64_t recurrent = split.recurrent();
+    const Place place(split, worker % recurrent);
+    const bool recurs = worker < recurrent, projects = recurs != split.ahead;
+    const Worker& w = workers[worker % recurrent];
     T* scratch = pack_scratch + worker * pack_scratch_size;
     for (int d = 0; d < p.D; ++d) {
       if (split.directions == 2 && d != place.direction) continue;
-      if (!prepacked) pack_weights(d, place, scratch);
+      if (!prepacked) pack_weights(d, place, scratch, projects, recurs);
+      if (!recurs) continue;
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
     }
   }
 
-  void pack_weights(int d, const Place& place, T* scratch) {
-    if (place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
+  void pack_weights(int d, const Place& place, T* scratch, bool of_input, bool of_state) {
+    if (of_state && place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
     if (once) return;
-    pack_share<O>(w_ih[d], source_ih(d), storage, split, place, scratch);
+    if (of_input) pack_share<O>(w_ih[d], source_ih(d), storage, split, place, scratch);
+    if (!of_state) return;
     pack_share<O>(w_hh[d], source_hh(d), storage, split, place, scratch);
     if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, scratch);
   }
@@ -313,15 +353,16 @@ struct ForwardPass {
             split.alternate && (q & 1) && two_pairs};
   }
 
-  void advance(Worker& w, int d, int64_t begin, int64_t end) {
+  // Steps [begin, end) by a worker that has whole slices; of their input, projected ahead, in which of its tiles it is.
+  void advance_through(Worker& w, int d, int64_t begin, int64_t end, int64_t turn) {
     for (int64_t q = begin; q < end; ++q) {
-      advance(w, d, q, begin, end);
+      advance(w, d, q, begin, end, turn);
       if (projected) project_state(w, d, q);
     }
   }
 
   // Step q of [begin, end), whose input is there.
-  void advance(Worker& w, int d, int64_t q, int64_t begin, int64_t end) {
+  void advance(Worker& w, int d, int64_t q, int64_t begin, int64_t end, int64_t turn) {
     const Step s = step_at(w, d, q);
     const int64_t n = w.slice.count, now = w.slice.active(p, s.t);
     if (s.cut)
@@ -331,26 +372,30 @@ struct ForwardPass {
       gather_x(w, s.t, 0, now, 0);
       step(w, s, 0, now, nullptr);
     } else if (n <= tile) {
-      const int64_t steps = tile / larger(n, 1), in_tile = (q - begin) % steps;
-      if (in_tile == 0) {
-        int64_t rows = 0;
-        for (int64_t i = q; i < smaller(q + steps, end); ++i) {
-          const int64_t t = d ? p.T - 1 - i : i;
-          w.offset[i - q] = rows;
-          rows = gather_x(w, t, 0, w.slice.active(p, t), rows);
-        }
-        project_input(w, d, rows);
-      }
-      step(w, s, 0, now, w.gates_x + w.offset[in_tile] * (w.last - w.first) * G * W);
+      const int64_t in_tile = (q - begin) % tile_steps;
+      const Tile& input = w.tiles[turn];
+      if (in_tile == 0 && !split.ahead) project_tile(w, d, q, smaller(q + tile_steps, end), input);
+      step(w, s, 0, now, input.gates_x + input.offset[in_tile] * (w.last - w.first) * G * W);
     } else {
       for (int64_t i = 0; i < now; i += tile) {
         const int64_t next = smaller(i + tile, now);
-        project_input(w, d, gather_x(w, s.t, i, next, 0));
-        step(w, s, i, next, w.gates_x);
+        project_input(w, d, gather_x(w, s.t, i, next, 0), w.tiles[0].gates_x);
+        step(w, s, i, next, w.tiles[0].gates_x);
       }
     }
     for (int64_t i = now; i < n; ++i)
       if (i % split.parts == w.part) clear_padding(d, s.t, row_of(p, w.slice.rank(i)));
+  }
+
+  // The input of steps [begin, end), at most a tile of them.
+  void project_tile(const Worker& w, int d, int64_t begin, int64_t end, const Tile& to) {
+    int64_t rows = 0;
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t t = d ? p.T - 1 - q : q;
+      to.offset[q - begin] = rows;
+      rows = gather_x(w, t, 0, w.slice.active(p, t), rows);
+    }
+    project_input(w, d, rows, to.gates_x);
   }
 
   // Copies input rows [begin, end) of step t behind the `rows` already there; returns how many there are now.
@@ -367,7 +412,7 @@ struct ForwardPass {
   }
 
   // gates_x[row] = bias + x[row] W_ih, unit block by unit block, the gates of a block side by side.
-  void project_input(const Worker& w, int d, int64_t rows) {
+  void project_input(const Worker& w, int d, int64_t rows, T* gates_x) const {
     const int64_t ld = (w.last - w.first) * G * W;
     const Source source = source_ih(d);
     over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
@@ -383,7 +428,7 @@ struct ForwardPass {
           product<O>(sum, w.x + i * Iw, Iw, group, Iw);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < N; ++v)
-            (sum[r][v] + V::load(bias + v * W)).store(w.gates_x + (i + r) * ld + ((block - w.first) * G + v) * W);
+            (sum[r][v] + V::load(bias + v * W)).store(gates_x + (i + r) * ld + ((block - w.first) * G + v) * W);
       });
     });
   }

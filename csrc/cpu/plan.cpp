@@ -24,7 +24,8 @@ constexpr double barrier_us = 0.5;
 constexpr double pack_gbs = 12;        // writing packed weights
 constexpr double share_gbs = 8;        // reading what another core has packed
 constexpr double step_us = 0.03;       // a step's own bookkeeping
-constexpr double handover_us = 0.08;   // reading, in a wavefront, what another core has just written for a step
+constexpr double handover_us = 0.06;   // reading, in a wavefront, what another core has just written for a step
+constexpr double tile_us = 2.5;        // handing over a tile of projected input
 constexpr double vector_gflops = 100;  // one core, float; half of it in double
 constexpr double scalar_gflops = 3;
 constexpr double l1_bytes = 28 * 1024, l1_gbs = 200, l2_gbs = 110, beyond_gbs = 40;
@@ -42,15 +43,23 @@ double l2_bytes() {
 }
 
 std::atomic<int> forced{0};  // index into names
-const char* const names[] = {"", "serial", "batch", "hidden", "wavefront"};
+const char* const names[] = {"", "serial", "batch", "hidden", "wavefront", "ahead"};
+enum Forced { by_model, serial, batch, hidden, wavefront, ahead };
 
 struct Cost {
   double us;
   const char* limit;
 };
 
+// Of a step: without the projection of its input, and that.
+struct StepCost {
+  double us, input_us;
+  const char* limit;
+};
+
 // One step of `rows` rows of a share of `blocks` vectors of hidden units.
-Cost step_cost(const Layer& p, const CellTraits& cell, double rows, double blocks, int parts, int lanes, int bytes) {
+StepCost step_cost(const Layer& p, const CellTraits& cell, double rows, double blocks, int parts, int lanes,
+                   int bytes) {
   const double gates = double(cell.gates) * blocks * lanes;
   const double rate = (lanes > 1 ? vector_gflops : scalar_gflops) * (bytes == 8 ? 0.5 : 1) * 1e3;  // operations per us
   const double weights = gates * double(p.P) * bytes, touched = weights + rows * double(p.P) * bytes;
@@ -70,7 +79,7 @@ Cost step_cost(const Layer& p, const CellTraits& cell, double rows, double block
                       : in_l1                                    ? "streaming the weights from L1"
                       : in_l2                                    ? "streaming the weights from L2"
                                                                  : "streaming the weights from beyond L2";
-  return {recurrent + activations + wait + input + step_us, limit};
+  return {recurrent + activations + wait + step_us, input, limit};
 }
 
 int read_quota() {
@@ -104,7 +113,7 @@ FASTRNN_EXPORT int cpu_quota() {
 void yield_thread() { sched_yield(); }
 
 FASTRNN_EXPORT bool force_split(const char* name) {
-  for (int i = 0; i < 5; ++i)
+  for (int i = by_model; i <= ahead; ++i)
     if (!std::strcmp(names[i], name)) {
       forced.store(i, std::memory_order_relaxed);
       return true;
@@ -112,44 +121,61 @@ FASTRNN_EXPORT bool force_split(const char* name) {
   return false;
 }
 
-Split choose_split(const Layer& p, const CellTraits& cell, int threads, int lanes, int value_bytes, int group_blocks) {
+Split choose_split(const Layer& p, bool backward, const CellTraits& cell, int threads, int lanes, int value_bytes,
+                   int group_blocks) {
   const double blocks = std::ceil(double(p.H) / lanes);
   const int group = group_blocks;
   const int most_parts = int(std::max(1.0, std::ceil(blocks / group)));
   const double B = double(p.B), T = double(p.T);
-  const auto evaluate = [&](int directions, int slices, int parts) {
-    const Cost step =
+  const auto can_be_ahead = [&](int slices, int parts) {
+    return !backward && parts == 1 && p.T > 1 && p.I > folded_input && std::ceil(B / slices) <= double(ahead_rows);
+  };
+  const auto evaluate = [&](int directions, int slices, int parts, bool ahead) {
+    const StepCost step =
         step_cost(p, cell, std::ceil(B / slices), std::ceil(blocks / group / parts) * group, parts, lanes, value_bytes);
-    const int workers = directions * slices * parts;
+    const int workers = directions * slices * parts * (ahead ? 2 : 1);
     const double weights = double(cell.gates) * double(p.H) * double(p.I + p.P) * value_bytes * 1e-3;  // a direction's
     const bool kept = p.weights[0].packed;
     const double packing =
         kept ? 0 : weights / (slices * parts) / pack_gbs + weights / parts * (1 - 1.0 / slices) / share_gbs;
-    return Cost{(step.us * T + packing) * p.D / directions + (workers > 1 ? start_us : 0), step.limit};
+    double us = (step.us + step.input_us) * T + packing;
+    if (ahead) {
+      const double steps = std::max(1.0, std::floor(double(ahead_rows) / std::ceil(B / slices)));  // of a tile
+      us = std::max({step.us, step.input_us, tile_us / steps}) * T + step.input_us * std::min(T, steps) + packing / 2;
+    }
+    return Cost{us * p.D / directions + (workers > 1 ? start_us : 0), step.limit};
   };
   Split best;
-  Cost cost = evaluate(1, 1, 1);
-  const auto consider = [&](int directions, int slices, int parts, bool must) {
-    const Cost found = evaluate(directions, slices, parts);
+  Cost cost = evaluate(1, 1, 1, false);
+  const auto consider = [&](int directions, int slices, int parts, bool ahead, bool must) {
+    const Cost found = evaluate(directions, slices, parts, ahead);
     if (!must && found.us >= 0.95 * cost.us) return;
     cost = found;
     best.directions = directions;
     best.slices = slices;
     best.parts = parts;
+    best.ahead = ahead;
   };
   threads = std::max(1, threads);
   const int side_by_side = p.D == 2 && threads % 2 == 0 ? 2 : 1, share = threads / side_by_side;
   const int wanted = forced.load(std::memory_order_relaxed);
-  if (wanted == 0 && threads > 1 && cost.us > 2 * start_us) {
+  if (wanted == by_model && threads > 1 && cost.us > 2 * start_us) {
     best.workers = threads;
     for (int directions = side_by_side; directions >= 1; --directions)
       for (int parts = 1; parts <= std::min(share, most_parts); ++parts)
-        for (int slices = 1; slices * parts <= share && slices <= p.B; ++slices)
-          consider(directions, slices, parts, false);
-  } else if ((wanted == 2 || wanted == 3) && threads > 1) {
+        for (int slices = 1; slices * parts <= share && slices <= p.B; ++slices) {
+          consider(directions, slices, parts, false, false);
+          if (2 * slices <= share && can_be_ahead(slices, parts)) consider(directions, slices, parts, true, false);
+        }
+  } else if ((wanted == batch || wanted == hidden) && threads > 1) {
     best.workers = threads;
-    consider(side_by_side, wanted == 2 ? int(std::min<int64_t>(share, p.B)) : 1,
-             wanted == 3 ? std::min(share, most_parts) : 1, true);
+    consider(side_by_side, wanted == batch ? int(std::min<int64_t>(share, p.B)) : 1,
+             wanted == hidden ? std::min(share, most_parts) : 1, false, true);
+  } else if (wanted == ahead && threads > 1) {
+    best.workers = threads;
+    const int directions = share > 1 ? side_by_side : 1;
+    const int slices = int(std::clamp<int64_t>(threads / directions / 2, 1, std::max<int64_t>(p.B, 1)));
+    consider(directions, slices, 1, can_be_ahead(slices, 1), true);
   }
   // Measured: worth it where a cache holds a good part of the weights but not all of them.
   const double vectors = std::ceil(blocks / best.parts);
@@ -165,10 +191,11 @@ Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, bo
                            int threads, int lanes, int value_bytes, int group_blocks) {
   const int wanted = forced.load(std::memory_order_relaxed);
   Wavefront best;
-  if (count < 2 || threads < 2 || first.T < 2 || first.D == 2 || first.first_row || (wanted && wanted != 4))
+  if (count < 2 || threads < 2 || first.T < 2 || first.D == 2 || first.first_row ||
+      (wanted != by_model && wanted != wavefront))
     return best;
   const auto cost = [&](const Layer& layer, int n) {
-    return choose_split(layer, cell, n, lanes, value_bytes, group_blocks).us;
+    return choose_split(layer, backward, cell, n, lanes, value_bytes, group_blocks).us;
   };
   const double first_alone = cost(first, 1), upper_alone = cost(upper, 1);
   double us = cost(first, threads) + (count - 1) * cost(upper, threads);  // one after the other, each by all threads
@@ -183,8 +210,8 @@ Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, bo
     }
     const double found = slowest * (1 + (groups - 1) / pieces) + barrier_us * (pieces + groups) + start_us +
                          handover_us * double(first.T);
-    if (wanted != 4 && found >= 0.9 * us) continue;
-    us = wanted == 4 ? us : found;
+    if (wanted != wavefront && found >= us) continue;
+    us = wanted == wavefront ? us : found;
     best = {groups, backward ? 1 : steps};
   }
   return best;

@@ -13,6 +13,9 @@ struct Split {
   int directions = 1;  // run side by side
   int slices = 1;      // of the rows, in each direction
   int parts = 1;       // of the hidden units, in each slice
+  // Forward: whether each worker of the recurrence, of one part, has another worker that projects its input, ahead of
+  // it.
+  bool ahead = false;
   // Whether every other step of a single row goes through the hidden units from the last to the first: the
   // weights read last, which the cache still holds, are read first. The price is that the step after such a one begins
   // with the units finished last.
@@ -23,16 +26,20 @@ struct Split {
   int recurrent() const { return directions * slices * parts; }  // workers of the recurrence
 };
 
-// What the choice depends on, beside the layer: `threads` at hand, the lanes of a vector, the bytes of a value, and how
-// many vectors of hidden units the kernel works on together (parts begin at such groups).
-Split choose_split(const Layer& layer, const CellTraits& cell, int threads, int lanes, int value_bytes,
+// What the choice depends on, beside the layer and whether it is to be computed forward: `threads` at hand, the lanes
+// of a vector, the bytes of a value, and how many vectors of hidden units the kernel works on together (parts begin at
+// such groups).
+Split choose_split(const Layer& layer, bool backward, const CellTraits& cell, int threads, int lanes, int value_bytes,
                    int group_blocks);
 
+constexpr int64_t folded_input = 4;  // inputs this narrow are multiplied in the step itself
+// Rows whose input is projected at a time by a worker that runs ahead: whole steps.
+constexpr int64_t ahead_rows = 16;
 // Back-propagation works on so many rows at a time: whole steps, as many as fit.
 constexpr int64_t chunk_rows = 256;
 
 // Layers on top of each other, as a wavefront over time (stack.h): groups of layers side by side, which pass on the
-// sequence `steps` steps at a time, going back so many chunks. One group: no wavefront.
+// sequence piece by piece: forward `steps` steps at a time, back `steps` chunks. One group: no wavefront.
 struct Wavefront {
   int groups = 1;
   int64_t steps = 0;
@@ -43,8 +50,8 @@ struct Wavefront {
 Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, bool backward, const CellTraits& cell,
                            int threads, int lanes, int value_bytes, int group_blocks);
 
-// For tests and measurements: "serial", "batch", "hidden", "wavefront", or "" for the model's choice. False for another
-// name.
+// For tests and measurements: "serial", "batch", "hidden", "wavefront", "ahead", or "" for the model's choice. False
+// for another name.
 bool force_split(const char* name);
 
 // What the process may use at once by its control group; a large number without a quota. Spinning beyond it is waste.

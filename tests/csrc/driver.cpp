@@ -394,8 +394,8 @@ void test_layers(int64_t n) {
     Results first;
     for (int k = 0; k < count; ++k) {
       Results one = run(*tables[k], c, threads(1));
-      const char* splits[] = {"serial", "batch", "hidden", ""};
-      force_split(splits[integer(0, 3)]);
+      const char* splits[] = {"serial", "batch", "hidden", "ahead", ""};
+      force_split(splits[integer(0, 4)]);
       Results many = run(*tables[k], c, threads(int(integer(2, 6))));
       force_split("");
       test_kept(*tables[k], c, one);
