@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastrnn import autograd, ops
-from fastrnn.frozen import Packing, freezable, kept, undisturbed
+from fastrnn.frozen import Packing, freezable, kept, undisturbed, usable
 from fastrnn.modules import twin
 from fastrnn.plan import KERNEL, SERVED, plan, precision
 
@@ -113,7 +113,7 @@ def _step(self, input, hx):
         h = None if h is None else h.to(work)
         c = None if c is None else c.to(work)
     packed = kept(self, x)
-    if packed is not None and route is SERVED.get(work) and not autograd.needed(x, h, c, weights):
+    if packed is not None and usable(route, x, h, c, weights):
         h, _, c = ops.frozen(packed, x, h, c)
         c = c if cell == "lstm" else None
     else:

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from fastrnn import _C, autograd, cells, frozen, functional, modules
-from fastrnn.plan import EXACT, KERNEL, SERVED, TORCH, Route, fp32_precision, plan, precision
+from fastrnn import _C, cells, frozen, functional, modules
+from fastrnn.plan import EXACT, KERNEL, TORCH, Route, fp32_precision, plan, precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +145,8 @@ def _explain_sequence(module, input, hx, extended: bool, ragged: bool, all_state
     kept = (
         at_once
         and not all_states
-        and route is SERVED.get(route.work)
         and frozen.kept(module, call.data) is not None
-        and not autograd.needed(call.data, h0, c0, call.weights)
+        and frozen.usable(route, call.data, h0, c0, call.weights)
     )
     return _plan(route, cell, layers, at_once and not (ragged or call.packed), kept)
 
@@ -166,7 +165,7 @@ def _explain_cell(module, input, hx) -> Plan:
         return _plan(Route(TORCH, why), cell, layers)
     layers = [{"T": 1, "B": call[0].size(0)} | layers[0]]
     route = plan(cell, *call, False, False)
-    kept = route is SERVED.get(route.work) and frozen.kept(module, call[0]) is not None and not autograd.needed(*call)
+    kept = frozen.kept(module, call[0]) is not None and frozen.usable(route, *call)
     return _plan(route, cell, layers, kept=kept)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import ops
-from fastrnn.plan import REAL, SERVED, precision
+from fastrnn import autograd, ops
+from fastrnn.plan import REAL, SERVED, Route, precision
 
 
 class Frozen:
@@ -171,6 +171,11 @@ def kept(module: torch.nn.Module, input: Tensor) -> Tensor | None:
         return None
     frozen = module.__dict__.get("_frozen")
     return frozen.packed if frozen is not None and frozen.serves(module) else None
+
+
+def usable(route: Route, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
+    """Whether a call on this route may use kept weights: it is neither cast nor recorded for backward."""
+    return route is SERVED.get(route.work) and not autograd.needed(input, h0, c0, weights)
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import autograd, ops, reference
+from fastrnn import autograd, frozen, ops, reference
 from fastrnn.plan import KERNEL, SERVED, TORCH, plan, precision
 
 _VF = {"rnn_tanh": torch._VF.rnn_tanh, "rnn_relu": torch._VF.rnn_relu, "lstm": torch._VF.lstm, "gru": torch._VF.gru}
@@ -65,13 +65,7 @@ def run(
 
     D = 2 if bidirectional else 1
     at_once = in_one_call(route, num_layers, dropout, training, all_states)
-    if (
-        packed is not None
-        and at_once
-        and not all_states
-        and route is SERVED.get(work)
-        and not autograd.needed(x, h0, c0, weights)
-    ):
+    if packed is not None and at_once and not all_states and frozen.usable(route, x, h0, c0, weights):
         output, h_n, c_n = ops.frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset)
         return output, h_n, c_n if cell == "lstm" else None, None, None
     if at_once:

@@ -58,7 +58,7 @@ def drivers(tmp_path_factory):
         objects = {
             sanitizer: [
                 pool.submit(compile_one, sanitizer, tiers, source)
-                for source in [*(CSRC / "cpu" / f"{tier}.cpp" for tier in tiers), *rest]
+                for source in [*(CSRC / "cpu" / f"{tier}.cpp" for tier in reversed(tiers)), *rest]  # the longest first
             ]
             for sanitizer, tiers in jobs.items()
         }

@@ -88,7 +88,7 @@ FASTRNN_INLINE f64 zip_high(f64 a, f64 b) {
 FASTRNN_INLINE f32 load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-// Words of bfloat16: of ones.
+// Words whose halves are bfloat16's one.
 FASTRNN_INLINE f32 one_bf16() { return {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))}; }
 // sum + x.low * y.low + x.high * y.high, lane by lane, of pairs of bfloat16; denormal numbers count as zero. As text,
 // because the compiler is not told of the extension: only code that asked CPUID comes here.
@@ -107,7 +107,7 @@ FASTRNN_INLINE __m512i round_bf16(f32 x) {
 FASTRNN_INLINE void store_bf16(uint16_t* p, f32 x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round_bf16(x)));
 }
-// Words of bfloat16 whose lower and upper halves are the values of two vectors.
+// Words whose lower and upper halves are the values of two vectors, rounded to bfloat16.
 FASTRNN_INLINE f32 zip_bf16(f32 lower, f32 upper) {
   return {_mm512_castsi512_ps(_mm512_or_si512(round_bf16(lower), _mm512_slli_epi32(round_bf16(upper), 16)))};
 }
