@@ -163,13 +163,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("isa"), "Forces an instruction set for the whole process; '' for the default.");
   m.def("set_split", &set_split, py::arg("split"),
         "Forces how layers are shared out among threads ('serial', 'batch', 'hidden', 'wavefront', 'ahead'; '' for the "
-        "model's "
-        "choice).");
-  m.def(
-      "split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-      py::arg("P"), py::arg("D"), py::arg("threads"), py::arg("layers") = 1, py::arg("kept") = false,
-      "How a layer would be shared out: directions side by side, slices of rows, parts of hidden units; the limit; and "
-      "into how many groups so many layers for a wavefront, forward.");
+        "model's choice).");
+  m.def("split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+        py::arg("P"), py::arg("D"), py::arg("threads"), py::arg("layers") = 1, py::arg("kept") = false,
+        "How a layer would be shared out, forward: directions side by side, slices of rows, parts of hidden units, "
+        "whether its input is projected ahead; the limit; and into how many groups so many layers for a wavefront.");
   m.def("workspace_bytes", &workspace_bytes, "Bytes of scratch memory that the kernels keep, all threads together.");
   m.def("release_workspace", &release_workspace, "Gives that memory back; returns how many bytes it was.");
   m.def("activation", &activation, py::arg("function"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"),

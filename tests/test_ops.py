@@ -70,8 +70,8 @@ def test_weights_that_begin_anywhere(dtype, isa):
             assert torch.equal(mine, other)
 
 
-# Every dtype with every option would take minutes, and find nothing more: one that is its own compute dtype and one
-# that is not.
+# All dtypes with plain calls; with the options, which would take minutes, one dtype that is its own compute dtype and
+# one that is not.
 @pytest.mark.parametrize(
     ("option", "dtype"),
     [(o, d) for o in OPTIONS for d in (DTYPES if o == "plain" else (torch.float32, torch.bfloat16))],
