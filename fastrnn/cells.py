@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastrnn import autograd, ops
-from fastrnn.frozen import Packing, freezable, kept, undisturbed, usable
+from fastrnn.frozen import Packing, freezable, kept, usable
 from fastrnn.modules import twin
 from fastrnn.plan import KERNEL, SERVED, plan, precision
 
@@ -70,36 +70,14 @@ def resolve(self, cell: str, input, hx):
     return input[None], None if h is None else h[None], None if c is None else c[None], weights
 
 
-def _quick(self, frozen, cell: str, input, hx):
-    """A frozen cell's plain call (input (B, I), no gradient), by the shortest way; None when it is not one."""
-    if frozen is None or type(input) is not Tensor or not undisturbed() or not frozen.serves(self):
-        return None
-    shape = input.shape
-    if len(shape) != 2 or shape[1] != self.input_size or not frozen.takes(input):
-        return None
-    h = hx
-    c = None
-    state = (shape[0], self.hidden_size)
-    if hx is not None:
-        if cell == "lstm":
-            if type(hx) is not tuple or len(hx) != 2:
-                return None
-            h, c = hx
-            if not frozen.takes_state(c, state):
-                return None
-        if not frozen.takes_state(h, state):
-            return None
-    h, _, c = ops.frozen(frozen.packed, input, h, c)
-    return h, c
-
-
 def _step(self, input, hx):
     """One step, as (h, c); None when torch is to have the call."""
     cell = name(self)
-    if "_frozen" in self.__dict__:
-        found = _quick(self, self.__dict__.get("_frozen"), cell, input, hx)
+    frozen = self.__dict__.get("_frozen")
+    if frozen is not None:
+        found = frozen.call(self, input, hx, cell == "lstm", 2)
         if found is not None:
-            return found
+            return found[0], found[2]
     call = resolve(self, cell, input, hx)
     if call is None:
         return None

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional, ops
-from fastrnn.frozen import Packing, freezable, kept, thaw, undisturbed
+from fastrnn import functional
+from fastrnn.frozen import Packing, freezable, kept, thaw
 
 _CELL = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
@@ -132,34 +132,6 @@ _DOC = """torch.nn's forward, and what it has not.
     """
 
 
-def _quick(self, frozen, input, hx):
-    """A frozen module's plain call, by the shortest way, since one step takes little longer than this; None when there
-    is anything else to the call."""
-    if frozen is None or type(input) is not Tensor or not undisturbed() or not frozen.serves(self):
-        return None
-    shape = input.shape
-    if len(shape) != 3 or shape[2] != self.input_size or not shape[0] or not shape[1] or not frozen.takes(input):
-        return None
-    lstm = self.mode == "LSTM"
-    h0 = c0 = None
-    if hx is not None:
-        layers, B = self.num_layers * (2 if self.bidirectional else 1), shape[not self.batch_first]
-        if not lstm:
-            h0 = hx
-        elif type(hx) is tuple and len(hx) == 2:
-            h0, c0 = hx
-            if not frozen.takes_state(c0, (layers, B, self.hidden_size)):
-                return None
-        else:
-            return None
-        if not frozen.takes_state(h0, (layers, B, self.proj_size or self.hidden_size)):
-            return None
-    if self.training and self.dropout and self.num_layers > 1:
-        return None
-    output, h_n, c_n = ops.frozen(frozen.packed, input, h0, c0, self.batch_first)
-    return (output, (h_n, c_n)) if lstm else (output, h_n)
-
-
 def _forward(self, input, hx, positional, reset, lengths, all_states):
     if positional and not torch.onnx.is_in_onnx_export():  # torch.onnx's older exporter passes the defaults like that
         raise TypeError(
@@ -168,10 +140,13 @@ def _forward(self, input, hx, positional, reset, lengths, all_states):
     if all_states is not True and all_states is not False:
         raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
     extended = reset is not None or lengths is not None or all_states
-    if not extended and "_frozen" in self.__dict__:
-        found = _quick(self, self.__dict__.get("_frozen"), input, hx)
+    frozen = self.__dict__.get("_frozen")
+    if frozen is not None and not extended and not (self.training and self.dropout):
+        lstm = self.mode == "LSTM"
+        found = frozen.call(self, input, hx, lstm, 3, self.batch_first)
         if found is not None:
-            return found
+            output, h_n, c_n = found
+            return (output, (h_n, c_n)) if lstm else (output, h_n)
     call = resolve(self, input, hx)
     if call is None:
         found = _torch_forward(self, input, hx)  # raises, as a rule

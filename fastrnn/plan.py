@@ -57,8 +57,6 @@ def plan(
         reason = "ONNX export: ONNX knows torch's operators"
     elif not (on_cpu or input.is_meta):
         reason = f"no kernel for device {input.device.type} yet"
-    elif input.layout is not torch.strided:
-        reason = f"no kernel for the layout {str(input.layout)[6:]}"
     elif dtype not in SERVED:
         reason = f"no kernel for dtype {dtype}"
     else:
@@ -70,6 +68,9 @@ def plan(
                 break
             if tensor.is_cpu is not on_cpu or not (on_cpu or tensor.is_meta):
                 reason = f"the devices of the arguments differ: {input.device} and {tensor.device}"
+                break
+            if tensor.layout is not torch.strided:
+                reason = f"no kernel for the layout {str(tensor.layout)[6:]}"
                 break
             if type(tensor) not in _PLAIN:
                 reason = f"an argument is of the tensor subclass {type(tensor).__name__}"

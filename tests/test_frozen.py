@@ -10,7 +10,7 @@ import fastrnn._C as _C
 import pytest
 import torch
 from conftest import DTYPES, KINDS, build, dtype_name, normal, tensors_in
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, vmap
 from torch.library import opcheck
@@ -429,14 +429,23 @@ def test_errors_are_torchs(calls):
     for module, x in modules():
         plain = getattr(nn, type(module).__name__)(I, H)
         module.freeze()
-        cases = [(x[..., :-1],), (x[None, None],), (x, normal(7, 7)), (x.double(),), ("x",)]
+        good = [t.detach() for t in tensors_in(plain(x))][x.dim() == 3 :]
+
+        cases = [(x[..., :-1],), (x[None, None],), (x, normal(7, 7)), (x.double(),), ("x",), (x.to_sparse(),), (x[:0],)]
+        cases += [(x, "hx"), (x, (tuple(good),))]
+        for change in (Tensor.double, Tensor.to_sparse, lambda t: t[..., 1:], lambda t: t[None]):
+            states = tuple(map(change, good))
+            cases.append((x, states if len(states) == 2 else states[0]))
         for arguments in cases:
             with torch.no_grad():
-                with pytest.raises(Exception) as theirs:
-                    plain(*arguments)
-                with pytest.raises(type(theirs.value)) as ours:
-                    module(*arguments)
-            assert str(ours.value) == str(theirs.value)
+                try:
+                    expected = plain(*arguments)
+                except Exception as theirs:
+                    with pytest.raises(type(theirs)) as ours:
+                        module(*arguments)
+                    assert str(ours.value) == str(theirs)
+                else:  # cells serve no rows, and sparse ones
+                    assert [t.shape for t in tensors_in(module(*arguments))] == [t.shape for t in tensors_in(expected)]
 
 
 def test_what_cannot_be_frozen():
