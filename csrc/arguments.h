@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
@@ -63,17 +62,6 @@ struct Problem {
   Tensor input;              // last dimension contiguous
   std::vector<Tensor> kept;
   std::vector<int64_t> first_row, steps_above, lengths, order;
-};
-
-// A shape without an allocation: every call checks a dozen.
-struct Shape {
-  int64_t sizes[4];
-  int64_t dim;
-  Shape(std::initializer_list<int64_t> list) : dim(static_cast<int64_t>(list.size())) {
-    std::copy(list.begin(), list.end(), sizes);
-  }
-  Sizes list() const { return Sizes(sizes, sizes + dim); }
-  bool operator==(const Tensor& t) const { return t.dim() == dim && std::equal(sizes, sizes + dim, t.sizes().data()); }
 };
 
 // name and letters are for errors alone: called when there is one.

@@ -152,8 +152,8 @@ std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool bat
       const Shape c_shape = one_step ? Shape{f.B, f.H} : Shape{count * D, f.B, f.H};
       h0 = keep(p, a.h0, "h0", h_shape, one_step ? "(B, P)" : "(L*D, B, P)", p.dtype);
       c0 = keep(p, a.c0, "c0", c_shape, one_step ? "(B, H)" : "(L*D, B, H)", p.dtype);
-      h_n = empty(one_step ? Sizes{0} : h_shape.list(), p.dtype);
-      c_n = empty(has_c ? c_shape.list() : Sizes{0}, p.dtype);
+      h_n = empty(one_step ? Shape{0} : h_shape, p.dtype);
+      c_n = empty(has_c ? c_shape : Shape{0}, p.dtype);
       Layer upper = f;  // the others differ in the width of their input alone
       upper.I = D * f.P;
       if (count > 1) wave = plan_wavefront(f, upper, static_cast<int>(count), false, team().size);
@@ -272,8 +272,6 @@ void frozen(StableIValue* stack, uint64_t, uint64_t) {
 
 // -------------------------------------------------------------------------------------------------------- backward
 
-Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
-
 // The gradients that come from outside.
 struct Incoming {
   std::optional<Tensor> d_output, d_h_n, d_c_n, d_h_all, d_c_all;
@@ -289,7 +287,7 @@ void allocate_gradients(const Problem& p, Backward& b, const std::vector<Tensor>
     const size_t role = i % p.per_direction;
     void** places[5] = {&to.w_ih, &to.w_hh, &to.b_ih, &to.b_hh, &to.w_hr};
     Tensor& result = results[i];
-    result = empty_block(sizes_of(weights[i]), p.compute, compute_size(p));
+    result = empty_block(Shape(weights[i]), p.compute, compute_size(p));
     *places[p.layer.projected && role == p.per_direction - 1 ? 4 : role] = result.data_ptr();
     if (!b.B) std::memset(result.data_ptr(), 0, result.numel() * result.element_size());
   }
@@ -347,8 +345,8 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
       c0 = keep(p, a.c0, "c0", c_shape, c_letters, p.dtype);
       d_h_n = keep(p, incoming.d_h_n, "d_h_n", h_shape, h_letters, p.dtype);
       d_c_n = keep(p, incoming.d_c_n, "d_c_n", c_shape, c_letters, p.dtype);
-      if (needs[1]) results[1] = empty(h_shape.list(), p.dtype);
-      if (needs[2]) results[2] = empty(c_shape.list(), p.dtype);
+      if (needs[1]) results[1] = empty(h_shape, p.dtype);
+      if (needs[2]) results[2] = empty(c_shape, p.dtype);
       // Of one layer alone.
       b.dh_all = keep(p, incoming.d_h_all, "d_h_all", {b.D, b.T, b.B, b.P}, "(D, T, B, P)", p.dtype);
       b.dc_all = keep(p, incoming.d_c_all, "d_c_all", {b.D, b.T, b.B, b.H}, "(D, T, B, H)", p.dtype);

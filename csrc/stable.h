@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -32,7 +33,17 @@ namespace {
 
 namespace stable = torch::stable;
 using stable::Tensor;
-using Sizes = std::vector<int64_t>;
+
+// A shape without an allocation: every call makes and checks a dozen.
+struct Shape {
+  int64_t sizes[4];
+  int64_t dim;
+  Shape(std::initializer_list<int64_t> list) : dim(static_cast<int64_t>(list.size())) {
+    std::copy(list.begin(), list.end(), sizes);
+  }
+  explicit Shape(const Tensor& checked) : dim(checked.dim()) { std::copy_n(checked.sizes().data(), dim, sizes); }
+  bool operator==(const Tensor& t) const { return t.dim() == dim && std::equal(sizes, sizes + dim, t.sizes().data()); }
+};
 
 // ---------------------------------------------------------------------------------------------------------- errors
 
@@ -98,37 +109,42 @@ const char* dtype_name(int32_t code) {
 
 // --------------------------------------------------------------------------------------------------------- tensors
 
-Tensor empty_strided(const Sizes& sizes, const Sizes& strides, int32_t dtype) {
+// The strides of a contiguous tensor, and how many values it has (a size of 0 counts as 1).
+Shape dense_strides(const Shape& shape, int64_t& values) {
+  Shape strides = shape;
+  values = 1;
+  for (int64_t i = shape.dim; i-- > 0; values *= std::max<int64_t>(shape.sizes[i], 1)) strides.sizes[i] = values;
+  return strides;
+}
+
+Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype) {
   AtenTensorHandle handle;
-  succeed(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                   &handle),
-          "allocating memory for a result");
+  succeed(
+      aoti_torch_empty_strided(shape.dim, shape.sizes, strides.sizes, dtype, aoti_torch_device_type_cpu(), 0, &handle),
+      "allocating memory for a result");
   return Tensor(handle);
 }
 
-Tensor empty(const Sizes& sizes, int32_t dtype) {
-  Sizes strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  return empty_strided(sizes, strides, dtype);
+Tensor empty(const Shape& shape, int32_t dtype) {
+  int64_t values;
+  return empty_strided(shape, dense_strides(shape, values), dtype);
 }
 
 // The same in memory that is used again: for tapes and gradients, which are large and new at every training step.
-Tensor empty_block(const Sizes& sizes, int32_t dtype, int64_t element_size) {
+Tensor empty_block(const Shape& shape, int32_t dtype, int64_t element_size) {
   constexpr int64_t worthwhile = 64 * 1024;
-  int64_t values = 1;
-  Sizes strides(sizes.size());
-  for (size_t i = sizes.size(); i-- > 0; values *= std::max<int64_t>(sizes[i], 1)) strides[i] = values;
-  if (values * element_size < worthwhile) return empty_strided(sizes, strides, dtype);
+  int64_t values;
+  const Shape strides = dense_strides(shape, values);
+  if (values * element_size < worthwhile) return empty_strided(shape, strides, dtype);
   void* block;
   try {
     block = take_block(static_cast<size_t>(values * element_size));
   } catch (const std::bad_alloc&) {
-    return empty_strided(sizes, strides, dtype);  // torch's own words
+    return empty_strided(shape, strides, dtype);  // torch's own words
   }
   AtenTensorHandle handle;
   const AOTITorchError code = torch_from_blob(
-      block, sizes.size(), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+      block, shape.dim, shape.sizes, strides.sizes, 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
       aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { give_block(data); }, nullptr);
   if (code != TORCH_SUCCESS) give_block(block);
   succeed(code, "making a tensor of kept memory");
