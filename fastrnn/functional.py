@@ -167,9 +167,10 @@ def check_lengths(lengths, T, B, unbatched: bool) -> Tensor:
         raise ValueError(f"lengths: expected shape (B,) = ({B},), got {tuple(lengths.shape)}")
     # While a graph is captured the values are not there; the operator checks them when it runs.
     if lengths.is_cpu and lengths.numel() and type(lengths) is Tensor and _values_are_known():
-        low, high = lengths.aminmax()
+        values = lengths.tolist()  # aminmax() and two comparisons of tensors cost ten times as much
+        low, high = min(values), max(values)
         if low < 0 or high > T:
-            raise ValueError(f"lengths: expected values from 0 to T = {T}, got values from {int(low)} to {int(high)}")
+            raise ValueError(f"lengths: expected values from 0 to T = {T}, got values from {low} to {high}")
     return lengths
 
 

@@ -497,8 +497,7 @@ struct BackwardPass {
     dc.store(s.state.dc + i * Hp + unit);
   }
 
-  // ------------------------------------------------------------------------------------------------- a chunk's
-  // gradients
+  // --------------------------------------------------------------------------------------------- a chunk's gradients
 
   int64_t dx_size() const { return p.dx_is_compute ? int64_t(sizeof(T)) : storage.size; }
   char* dx_row(int64_t t, int64_t b) const { return bytes(p.dx.data) + row_offset(p, p.dx, t, b) * dx_size(); }

@@ -28,12 +28,12 @@ struct ForwardPass {
   Split split;
   Packed<V, G> w_ih[2], w_hh[2];
   Packed<V, 1> w_hr[2];
-  T* bias_x[2];     // [blocks][G][W], in the order of gates_x
-  T* bias_h[2];     // [X][Hp], the slots that the input does not reach
-  int64_t longest;  // rows of the largest slice
-  int64_t tile;     // rows of one input projection
-  int64_t tile_steps;
-  bool once = false;  // one step of few rows: every group of the weights is used once, and packed there and then
+  T* bias_x[2];        // [blocks][G][W], in the order of gates_x
+  T* bias_h[2];        // [X][Hp], the slots that the input does not reach
+  int64_t longest;     // rows of the largest slice
+  int64_t tile;        // rows of one input projection
+  int64_t tile_steps;  // as many as fit into it, of all rows
+  bool once = false;   // one step of few rows: every group of the weights is used once, and packed there and then
   bool folded;
 
   // Of one slice in one direction, shared by its parts.
@@ -104,8 +104,9 @@ struct ForwardPass {
     take_weights(carve, d);
     Workspace workspace;
     const int64_t deepest = larger(p.I, larger(p.P, p.H));
-    pack_weights(d, Place(split, 0), static_cast<T*>(workspace.reserve(size_t(W * deepest * int64_t(sizeof(T))))), true,
-                 true);
+    auto* const scratch = static_cast<T*>(workspace.reserve(size_t(W * deepest * int64_t(sizeof(T)))));
+    pack_input_weights(d, Place(split, 0), scratch);
+    pack_state_weights(d, Place(split, 0), scratch);
   }
   static void* operator new(size_t, void* at) { return at; }
 
@@ -257,17 +258,20 @@ struct ForwardPass {
     T* scratch = pack_scratch + worker * pack_scratch_size;
     for (int d = 0; d < p.D; ++d) {
       if (split.directions == 2 && d != place.direction) continue;
-      if (!prepacked) pack_weights(d, place, scratch, projects, recurs);
+      if (!prepacked && projects) pack_input_weights(d, place, scratch);
       if (!recurs) continue;
+      if (!prepacked) pack_state_weights(d, place, scratch);
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
     }
   }
 
-  void pack_weights(int d, const Place& place, T* scratch, bool of_input, bool of_state) {
-    if (of_state && place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
+  void pack_input_weights(int d, const Place& place, T* scratch) {
+    if (!once) pack_share<O>(w_ih[d], source_ih(d), storage, split, place, scratch);
+  }
+
+  void pack_state_weights(int d, const Place& place, T* scratch) {
+    if (place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
     if (once) return;
-    if (of_input) pack_share<O>(w_ih[d], source_ih(d), storage, split, place, scratch);
-    if (!of_state) return;
     pack_share<O>(w_hh[d], source_hh(d), storage, split, place, scratch);
     if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, scratch);
   }

@@ -211,11 +211,10 @@ template <int U, class F>
 FASTRNN_INLINE void over_groups(int64_t block, int64_t end, bool back, const F& f) {
   const int64_t whole = (end - block) / U;
   for (int64_t i = 0; i < whole; ++i) f(Int<U>{}, block + (back ? whole - 1 - i : i) * U);
-  if constexpr (U > 1) over_groups<(U > 2 ? 2 : 1)>(block + whole * U, end, f);
+  if constexpr (U > 1) over_groups<(U > 2 ? 2 : 1)>(block + whole * U, end, false, f);
 }
 
 template <int U, class F>
 FASTRNN_INLINE void over_groups(int64_t block, int64_t end, const F& f) {
-  for (; block + U <= end; block += U) f(Int<U>{}, block);
-  if constexpr (U > 1) over_groups<(U > 2 ? 2 : 1)>(block, end, f);
+  over_groups<U>(block, end, false, f);
 }
