@@ -293,9 +293,29 @@ void allocate_gradients(const Problem& p, Backward& b, const std::vector<Tensor>
   }
 }
 
+// Memory for what the weights' gradients are products of.
+std::vector<Tensor> allocate_operands(const Problem& p, Backward& b) {
+  const bool flat = p.packed || p.input.dim() == 2;
+  std::vector<Tensor> operands;
+  const auto add = [&](void*& place, int64_t columns) {
+    operands.push_back(flat ? empty_block({b.D, p.N, columns}, p.compute, compute_size(p))
+                            : empty_block({b.D, b.T, b.B, columns}, p.compute, compute_size(p)));
+    place = operands.back().data_ptr();
+  };
+  add(b.operands.dgates, p.cell->slots * b.H);
+  add(b.operands.h_prev, b.P);
+  if (b.projected) {
+    add(b.operands.dh_out, b.P);
+    add(b.operands.h_raw, b.H);
+  }
+  return operands;
+}
+
 // Layers on top of each other, the last one first. needs, and the result: input, h0, c0, the weights of all layers.
+// operands: to be filled, of one layer; or null.
 std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const Incoming& incoming, bool bidirectional,
-                                 bool batch_major, int64_t count, const std::vector<bool>& needs) {
+                                 bool batch_major, int64_t count, const std::vector<bool>& needs,
+                                 std::vector<Tensor>* operands = nullptr) {
   const SerialInForkedChild serial;
   const bool one_step = a.input.defined() && a.input.dim() == 2 && !a.batch_sizes;  // of step()
   const size_t per_layer = weights_per_layer(a, count);
@@ -386,6 +406,7 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
       b.dx = {dx.data_ptr(), rows.step, rows.row};
     }
     allocate_gradients(p, b, part.weights, first_weight(k), results.begin() + 3 + k * static_cast<int64_t>(per_layer));
+    if (operands) *operands = allocate_operands(p, b);
     if (wave.groups > 1) {
       if (dy) between.push_back(*dy);
     } else {
@@ -420,6 +441,26 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto needs = reader.take<std::vector<bool>>();
   a.precision = take_precision(reader);
   stack[0] = stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, 1, needs));
+}
+
+void layer_operands(StableIValue* stack, uint64_t, uint64_t) {
+  Reader reader(stack);
+  const Arguments a = take_arguments(reader);
+  const Saved saved({reader.take<Tensor>()}, 1);
+  Incoming incoming;
+  for (auto* gradient : {&incoming.d_output, &incoming.d_h_n, &incoming.d_c_n, &incoming.d_h_all, &incoming.d_c_all})
+    *gradient = reader.take_optional();
+  const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
+  if (a.input.defined() && a.input.dim() == 2 && !a.batch_sizes)
+    fail("input: expected 3 dimensions (T, B, input_size), got shape ", shape_of(a.input));
+  auto needs = reader.take<std::vector<bool>>();
+  if (needs.size() != 3) fail("needs: expected one value for input, h0 and c0 each, got ", needs.size());
+  needs.resize(3 + a.weights.size(), false);
+  std::vector<Tensor> operands;
+  auto results = run_backward(a, saved, incoming, bidirectional, batch_major, 1, needs, &operands);
+  results.resize(3);
+  results.insert(results.end(), operands.begin(), operands.end());
+  stack[0] = stable::detail::from(results);
 }
 
 void stack_backward(StableIValue* stack, uint64_t, uint64_t) {
@@ -463,6 +504,10 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
       "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs, int precision=0) -> Tensor[]");
   m.def(
+      "layer_operands(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
+      "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
+      "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs) -> Tensor[]");
+  m.def(
       "stack_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor[] saved, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
       "bool bidirectional, bool batch_major, int num_layers, bool[] needs, int precision=0) -> Tensor[]");
@@ -475,5 +520,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("frozen", &fastrnn::frozen);
   m.impl("step", &fastrnn::step);
   m.impl("layer_backward", &fastrnn::layer_backward);
+  m.impl("layer_operands", &fastrnn::layer_operands);
   m.impl("stack_backward", &fastrnn::stack_backward);
 }

@@ -97,6 +97,14 @@ struct Backward : Layer {
     void* b_hh = nullptr;  // [G*H]
     void* w_hr = nullptr;  // [P, H]
   } gradients[2];
+  // What the gradients of the weights are products of, for a caller who sums other rows than all (every sample's of a
+  // batch by themselves). Compute dtype, zero past a row's length; packed, [D, N, ...]. Null: not wanted.
+  struct {
+    void* dgates = nullptr;  // [D, T, B, S*H] gradients of the pre-activations, S slots
+    void* h_prev = nullptr;  // [D, T, B, P] the state that entered the step
+    void* dh_out = nullptr;  // [D, T, B, P] gradient of the projected state; with a projection
+    void* h_raw = nullptr;   // [D, T, B, H] the state before its projection; with a projection
+  } operands;
 };
 
 // How a cell's pre-activations are laid out (cells.h): `slots` blocks of H columns. The recurrent product feeds the

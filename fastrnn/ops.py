@@ -49,6 +49,7 @@ _layer_backward = torch.ops.fastrnn.layer_backward.default
 _step = torch.ops.fastrnn.step.default
 _stack = torch.ops.fastrnn.stack.default
 _stack_backward = torch.ops.fastrnn.stack_backward.default
+_layer_operands = torch.ops.fastrnn.layer_operands.default
 _pack = torch.ops.fastrnn.pack.default
 # The overload's own call does no more than this one, whose frame is 4 % of a step of a small frozen layer.
 _frozen = getattr(torch.ops.fastrnn.frozen.default, "_op", torch.ops.fastrnn.frozen.default)
@@ -273,6 +274,45 @@ def layer_backward(
     )
 
 
+def layer_operands(
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    tape: Tensor,
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    d_h_all: Tensor | None,
+    d_c_all: Tensor | None,
+    bidirectional: bool,
+    batch_major: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """`layer_backward` without the products of the weights' gradients: what they are products of, for every row.
+
+    needs: of input, h0 and c0. float32 products are exact.
+
+    Returns:
+        The gradients of input, h0 and c0, of shape (0,) where not needed; dgates (D, T, B, S*H), the gradients of the
+        pre-activations by slots (CELLS says which gate is where); h_prev (D, T, B, P), the state that entered each
+        step; and with a projection dh_out (D, T, B, P), the gradient of its result, and h_raw (D, T, B, H), what it
+        projects. For packed input N rows in place of T, B. float64 for float64, else float32; zero past a length. So
+        the gradient of w_hh is the sum over rows of outer products of dgates and h_prev, and so on.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected, what came.
+    """
+    return _layer_operands(
+        cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all,
+        bidirectional, batch_major, needs,
+    )  # fmt: skip
+
+
 def stack_backward(
     cell: str,
     input: Tensor,
@@ -413,6 +453,17 @@ def _(cell, input, h0, c0, weights, *args):
     return _fake_backward(input, batch_major, needs, h0, c0, *weights)
 
 
+@torch.library.register_fake("fastrnn::layer_operands")
+def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, *args):
+    bidirectional, batch_major, needs = args[6:9]
+    D = 2 if bidirectional else 1
+    T, B, N, H, P, projection = _sizes(cell, input, weights, D, 1, batch_sizes, h0, c0, reset)
+    rows = (D, N) if batch_sizes is not None else (D, T, B)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    columns = (CELLS[cell]["slots"] * H, P, *((P, H) if projection else ()))
+    return _fake_backward(input, batch_major, needs, h0, c0) + [input.new_empty(*rows, n, dtype=dtype) for n in columns]
+
+
 @torch.library.register_fake("fastrnn::stack_backward")
 def _(cell, input, h0, c0, weights, *args):
     batch_major, _num_layers, needs = args[8:11]
@@ -474,6 +525,12 @@ def _backward_flops(cell: str, input, weights, bidirectional: bool, needs_input:
 def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
     bidirectional, needs = args[9], args[11]
     return _backward_flops(cell, input, weights, bidirectional, needs[0], needs[3:])
+
+
+@register_flop_formula(torch.ops.fastrnn.layer_operands)
+def _(cell, input, h0, c0, weights, *args, out_shape=None, **kwargs) -> int:
+    bidirectional, needs = args[9], args[11]
+    return _backward_flops(cell, input, weights, bidirectional, needs[0], [False] * len(weights))
 
 
 @register_flop_formula(torch.ops.fastrnn.stack_backward)

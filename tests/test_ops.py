@@ -15,6 +15,7 @@ from fastrnn import ops
 LAYER, BACKWARD = torch.ops.fastrnn.layer.default, torch.ops.fastrnn.layer_backward.default
 STEP, STACK = torch.ops.fastrnn.step.default, torch.ops.fastrnn.stack.default
 STACK_BACKWARD = torch.ops.fastrnn.stack_backward.default
+OPERANDS = torch.ops.fastrnn.layer_operands.default
 CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 OPTIONS = ["plain", "everything", "packed", "batch major", "empty batch", "no bias"]
 FIELDS = ["cell", "input", "h0", "c0", "weights", "batch_sizes", "lengths", "reset"]
@@ -88,6 +89,8 @@ def test_opcheck(cell, option, dtype):
     a["save"] = True
     for missing in [(), ("d_h_n", "d_c_n"), ("d_output",)]:
         opcheck(BACKWARD, tuple(backward_arguments(a, missing).values()))
+    b = backward_arguments(a)
+    opcheck(OPERANDS, tuple((b | dict(needs=b["needs"][:3])).values()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -147,6 +150,62 @@ def test_stack_is_its_layers(cell, option, dtype):
             opcheck(STACK_BACKWARD, b)
     with pytest.raises(RuntimeError, match="needs: expected nothing for the layers below 1"):
         STACK_BACKWARD(*given, saved[1], *incoming, *layout, every + [True] * n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("cell", [*CELLS, "lstm projected"])
+def test_operands_are_what_gradients_are_products_of(cell, option, dtype, isa):
+    cell, *projected = cell.split()
+    lstm, a = cell == "lstm", arguments(cell, dtype, option, H=18, proj=7 if projected else 0)
+    b = backward_arguments(a)
+    expected = BACKWARD(*b.values())
+    given = (*(b | dict(needs=b["needs"][:3])).values(),)
+    *gradients, dgates, h_prev = OPERANDS(*given)[:5]
+    projection = OPERANDS(*given)[5:]
+    # Products of pairs of bfloat16 may be summed in another way, or of other numbers, than those of single values.
+    rounding = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+
+    def close(found, wanted):
+        assert found.shape == wanted.shape
+        assert (found - wanted).double().norm() <= rounding * wanted.double().norm()
+
+    for found, wanted in zip(gradients, expected[: 2 + lstm]):
+        close(found, wanted)
+    D, traits, per = 2, ops.CELLS[cell], len(a["weights"]) // 2
+    rows = a["input"].shape[:-1]
+    assert dgates.shape == (D, *rows, traits["slots"] * 18) and h_prev.shape == (D, *rows, 7 if projected else 18)
+    assert len(projection) == 2 * len(projected)
+    if a["lengths"] is not None:
+        past = torch.arange(rows[0])[:, None] >= a["lengths"]
+        assert all(not t[:, past].any() for t in (dgates, h_prev, *projection))
+    x = a["input"].to(dgates.dtype)
+    for d in range(D):
+        slots = dgates[d].unflatten(-1, (-1, 18))
+        of_x = slots[..., traits["x_first"] : traits["x_first"] + traits["gates"], :].flatten(-2)
+        of_h = torch.empty_like(of_x).unflatten(-1, (-1, 18))
+        for slot, gate in enumerate(traits["hidden_gate"]):
+            of_h[..., gate, :] = slots[..., slot, :]
+        of_h = of_h.flatten(-2)
+        found = [torch.einsum("...g,...i->gi", of_x, x), torch.einsum("...g,...p->gp", of_h, h_prev[d])]
+        if per > 3:
+            found += [t.flatten(0, -2).sum(0) for t in (of_x, of_h)]
+        if projected:
+            found.append(torch.einsum("...p,...h->ph", projection[0][d], projection[1][d]))
+        for mine, wanted in zip(found, expected[3 + d * per : 3 + (d + 1) * per], strict=True):
+            close(mine, wanted)
+
+
+def test_operands_name_what_is_wrong():
+    b = backward_arguments(arguments("gru"))
+    for change, message in [
+        (dict(needs=[True]), "needs: expected one value for input, h0 and c0 each, got 1"),
+        (dict(input=b["input"][0]), r"input: expected 3 dimensions \(T, B, input_size\), got shape \(3, 2\)"),
+        (dict(tape=b["tape"][:, 1:]), r"tape: expected shape \(D, N, tape width\)"),
+        (dict(needs=[True, True, True]), "c0, d_c_n, d_c_all, needs\\[2\\]: expected None, None, None, False for cell"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            OPERANDS(*(b | dict(needs=b["needs"][:3]) | change).values())
 
 
 def test_stack_names_what_is_wrong():

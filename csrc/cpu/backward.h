@@ -7,8 +7,8 @@
 //
 // The dgates of a chunk of steps, with the operands they are to be multiplied by, lie in a bounded buffer. When the
 // recurrence has run through a chunk, all workers add the chunk's share to the weight gradients and compute its dx
-// (gradients.h). Two buffers take turns: one chunk's recurrence needs the last dgates of the chunk before, and may
-// begin while others still read that.
+// (gradients.h), and hand out those operands where they are wanted. Two buffers take turns: one chunk's recurrence
+// needs the last dgates of the chunk before, and may begin while others still read that.
 
 // O says what the products multiply (operand.h). A projection multiplies single values, but not for the gradient of its
 // weights.
@@ -168,10 +168,10 @@ struct BackwardPass {
       Buffer b;
       b.dgates = used ? carve.take<T>(S * blocks * R * Ww) : nullptr;
       b.by_rows = twice ? piece(wanted.w_ih || wanted.w_hh || wanted.b_ih || wanted.b_hh, S * blocks) : b.dgates;
-      b.h_prev = piece(wanted.w_hh, out_blocks);
+      b.h_prev = piece(wanted.w_hh || p.operands.h_prev, out_blocks);
       b.x = piece(wanted.w_ih, in_blocks);
-      b.dh_out = piece(wanted.w_hr, out_blocks);
-      b.h_raw = piece(wanted.w_hr, blocks);
+      b.dh_out = piece(wanted.w_hr || p.operands.dh_out, out_blocks);
+      b.h_raw = piece(wanted.w_hr || p.operands.h_raw, blocks);
       if (memory) buffers[i] = b;
     }
     carve.gap();
@@ -293,9 +293,13 @@ struct BackwardPass {
       }
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
     }
-    if (p.dx.data && p.lengths && !p.packed)
-      for (int64_t b = share_of(p.B, worker, split.workers); b < share_of(p.B, worker + 1, split.workers); ++b)
-        for (int64_t t = p.lengths[b]; t < p.T; ++t) __builtin_memset(dx_row(t, b), 0, size_t(p.I) * dx_size());
+    if (p.lengths == nullptr || p.packed) return;
+    for (int64_t b = share_of(p.B, worker, split.workers); b < share_of(p.B, worker + 1, split.workers); ++b)
+      for (int64_t t = p.lengths[b]; t < p.T; ++t) {
+        if (p.dx.data) __builtin_memset(dx_row(t, b), 0, size_t(p.I) * dx_size());
+        for (int d = 0; d < p.D; ++d)
+          over_operands([&](const Operand& o) { zero(operand_row(o, d, t, b), o.slots * o.units); });
+      }
   }
 
   void load_states(const Worker& w, int d, int64_t i) {
@@ -579,7 +583,45 @@ struct BackwardPass {
           if (done >= begin && done < end) GradientTasks<V, O>::run(sum, i, k == 0);
       });
       if (p.dx.data) input_gradient(worker, d, k, c, b);
+      hand_out(worker, d, c, b);
     }
+  }
+
+  // What is handed out of a chunk (problem.h: operands).
+  struct Operand {
+    void* to;
+    T* Buffer::* from;  // blocks of units, of each slot
+    int64_t units, slots;
+    int64_t ld;  // rows that a block has room for
+  };
+  template <class F>
+  void over_operands(const F& f) const {
+    const auto& to = p.operands;
+    const Operand all[] = {{to.dgates, &Buffer::dgates, p.H, S, R},
+                           {to.h_prev, &Buffer::h_prev, p.P, 1, Rw},
+                           {to.dh_out, &Buffer::dh_out, p.P, 1, Rw},
+                           {to.h_raw, &Buffer::h_raw, p.H, 1, Rw}};
+    for (const Operand& o : all)
+      if (o.to) f(o);
+  }
+  T* operand_row(const Operand& o, int d, int64_t t, int64_t b) const {
+    const int64_t rows = p.packed ? N : p.T * p.B, row = p.packed ? p.first_row[t] + b : t * p.B + b;
+    return static_cast<T*>(o.to) + (d * rows + row) * o.slots * o.units;
+  }
+
+  // This worker's share of a chunk's operands.
+  void hand_out(int64_t worker, int d, int64_t c, const Buffer& buffer) const {
+    if constexpr (twice) return;  // single values alone are handed out
+    over_operands([&](const Operand& o) {
+      const int64_t per_slot = ceil_div(o.units, W);
+      over_chunk_rows(worker, c, [&](int64_t row, int64_t t, int64_t b) {
+        T* to = operand_row(o, d, t, b);
+        for (int64_t j = 0; j < o.slots * per_slot; ++j) {
+          const int64_t unit = j % per_slot * W, n = smaller(W, o.units - unit);
+          V::load(buffer.*o.from + (j * o.ld + row) * W).store(to + j / per_slot * o.units + unit, int(n));
+        }
+      });
+    });
   }
 
   // dx of this worker's share of a chunk's rows: dgates W_ih, added to the other direction's if that was here before.

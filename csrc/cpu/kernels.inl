@@ -78,9 +78,11 @@ void run_forward(const Forward& problem, const Team& team) {
 
 template <bool pairs>
 void run_backward(const Backward& problem, const Team& team) {
-  with_operand<pairs>(problem, [&](auto cell, auto v, auto o) {
+  const auto run = [&](auto cell, auto v, auto o) {
     BackwardPass<decltype(cell), decltype(v), decltype(o)>(problem).run(team);
-  });
+  };
+  // What is handed out are single values.
+  problem.operands.dgates ? with_operand<false>(problem, run) : with_operand<pairs>(problem, run);
 }
 
 template <bool pairs>

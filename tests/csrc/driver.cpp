@@ -188,7 +188,7 @@ double value(const Buffer& b, Dtype dtype, int64_t i) {
 struct Case {
   CellTraits cell;
   Layer layer;
-  bool all_states = false;
+  bool all_states = false, operands = false;
   Buffer x, h0, c0, reset, weights[2][5], dy, dh_n, dc_n, dh_all, dc_all;
   std::vector<int64_t> lengths, first_row, steps_above, order;
   int64_t rows = 0;    // of x and y: stored rows when packed
@@ -267,6 +267,7 @@ Case random_case(bool tiny) {
     p.c0 = c.c0.data();
   }
   c.all_states = integer(0, 1);
+  c.operands = integer(0, 3) == 0;
   c.dy = random_values(dt, c.rows * p.D * p.P, 1);
   c.dh_n = random_values(dt, p.D * p.B * p.P, 1);
   c.dc_n = random_values(dt, p.D * p.B * p.H, 1);
@@ -279,7 +280,8 @@ Case random_case(bool tiny) {
 struct Results {
   std::vector<Buffer> buffers;
   std::vector<Dtype> dtypes;
-  enum { Y, HN, CN, HALL, CALL, TAPE, DX, DH0, DC0, WEIGHTS, COUNT = WEIGHTS + 10 };  // 5 for each direction
+  enum { Y, HN, CN, HALL, CALL, TAPE, DX, DH0, DC0, WEIGHTS };
+  enum { OPERANDS = WEIGHTS + 10, COUNT = OPERANDS + 4 };  // 5 weights for each direction
 };
 
 Team threads(int size) {
@@ -313,9 +315,12 @@ Results run(const Kernels& k, Case& c, const Team& team) {
                            has_c ? DB * p.H * s : 0};
   const int64_t weights[] = {GH * p.I * w, GH * p.P * w, bias ? GH * w : 0, bias ? GH * w : 0,
                              p.projected ? p.P * p.H * w : 0};
+  const int64_t values = c.operands ? p.D * c.rows * w : 0;
+  const int64_t operands[] = {values * c.cell.slots * p.H, values * p.P, p.projected ? values * p.P : 0,
+                              p.projected ? values * p.H : 0};
   for (int i = 0; i < Results::COUNT; ++i) {
     const int64_t k = i - Results::WEIGHTS;
-    r.buffers.emplace_back(k < 0 ? sizes[i] : k / 5 < p.D ? weights[k % 5] : 0);
+    r.buffers.emplace_back(k < 0 ? sizes[i] : k >= 10 ? operands[k - 10] : k / 5 < p.D ? weights[k % 5] : 0);
     r.dtypes.push_back(i == Results::TAPE || k >= 0 || (i == Results::DX && wide_dx) ? compute : dt);
   }
   auto at = [&](int i) { return r.buffers[size_t(i)].data(); };
@@ -353,6 +358,8 @@ Results run(const Kernels& k, Case& c, const Team& team) {
     const int first = Results::WEIGHTS + 5 * d;
     g.gradients[d] = {at(first), at(first + 1), at(first + 2), at(first + 3), at(first + 4)};
   }
+  const int first = Results::OPERANDS;
+  g.operands = {at(first), at(first + 1), at(first + 2), at(first + 3)};
   k.backward(g, team);
   return r;
 }
