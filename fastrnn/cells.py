@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastrnn import autograd, ops
+from fastrnn import autograd, functional, ops
 from fastrnn.frozen import Packing, freezable, kept, usable
 from fastrnn.modules import twin
-from fastrnn.plan import KERNEL, SERVED, plan, precision
+from fastrnn.plan import KERNEL, SERVED, TORCH, plan, precision
 
 TORCH_FORWARD = {base: base.forward for base in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
 
@@ -83,7 +83,7 @@ def _step(self, input, hx):
         return None
     x, h, c, weights = call
     route = plan(cell, x, h, c, weights, False, False)
-    if route.path is not KERNEL:
+    if route.path is TORCH:
         return None
     work = route.work
     if route is not SERVED.get(work):
@@ -91,7 +91,11 @@ def _step(self, input, hx):
         h = None if h is None else h.to(work)
         c = None if c is None else c.to(work)
     packed = kept(self, x)
-    if packed is not None and usable(route, x, h, c, weights):
+    if route.path is not KERNEL:
+        h, c = (None if t is None else t[None] for t in (h, c))
+        _, h, c, *_ = functional.one_layer(route, cell, x[None], h, c, weights, None, None, None, False, False, False)
+        h, c = h.squeeze(0), None if c is None else c.squeeze(0)
+    elif packed is not None and usable(route, x, h, c, weights):
         h, _, c = ops.frozen(packed, x, h, c)
         c = c if cell == "lstm" else None
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastrnn import _C, cells, frozen, functional, modules
-from fastrnn.plan import EXACT, KERNEL, TORCH, Route, fp32_precision, plan, precision
+from fastrnn.plan import EXACT, KERNEL, TORCH, TRANSFORMED, Route, fp32_precision, plan, precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _plan(route: Route, cell: str, layers, in_one_call: bool = False, kept: bool
         why + _precision(route.work) if kernel else why,
         cell,
         None if route.path == TORCH else route.work,
-        _C.isa() if kernel else None,
+        _C.isa() if kernel or route.path == TRANSFORMED else None,
         threads if kernel else None,
         layers,
         tuple(_split(cell, route.work, sizes, threads, groups, kept) for sizes in layers) if kernel else (),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import autograd, frozen, ops, reference
-from fastrnn.plan import KERNEL, SERVED, TORCH, plan, precision
+from fastrnn import autograd, frozen, ops, reference, transforms
+from fastrnn.plan import KERNEL, SERVED, TORCH, TRANSFORMED, plan, precision
 
 _VF = {"rnn_tanh": torch._VF.rnn_tanh, "rnn_relu": torch._VF.rnn_relu, "lstm": torch._VF.lstm, "gru": torch._VF.gru}
 
@@ -78,7 +78,7 @@ def run(
         layers = []
         for k in range(num_layers):
             last = k == num_layers - 1
-            found = _layer(
+            found = one_layer(
                 route,
                 cell,
                 x,
@@ -112,12 +112,17 @@ def in_one_call(route, num_layers, dropout, training, all_states) -> bool:
     return route.path is KERNEL and (num_layers == 1 or not (all_states or (dropout and training)))
 
 
-def _layer(route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states):
+def one_layer(route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states):
+    """The results of `ops.layer` on any route but torch's."""
     if route.path is KERNEL:
         return autograd.layers(
             cell, 1, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states,
             precision(route.work),
         )  # fmt: skip
+    if route.path is TRANSFORMED:
+        return transforms.layer(
+            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states
+        )
     with _autocast_off(x):
         output, *states = reference.layer(
             cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states

@@ -1,4 +1,5 @@
-"""The one place that chooses who computes a call (fastrnn's kernels, torch's own implementation, or reference.py),
+"""The one place that chooses who computes a call (fastrnn's kernels, by themselves or as transforms.py has them
+batched and differentiated; torch's own implementation; or reference.py),
 and in what dtypes, which under autocast is a matter of its own. The functions, the modules and `explain` all ask here.
 """
 
@@ -8,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fastrnn.ops import _C
 
-KERNEL, TORCH, REFERENCE = "fastrnn cpu kernel", "torch", "reference"
+KERNEL, TRANSFORMED, TORCH, REFERENCE = "fastrnn cpu kernel", "fastrnn cpu kernel, transformed", "torch", "reference"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REAL = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # types of tensors that do not stand for others
 _PLAIN = (*REAL, FakeTensor, FunctionalTensor)
@@ -47,11 +49,8 @@ def plan(
     dtype, on_cpu = input.dtype, input.is_cpu
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
     reason = None
-    if torch._C._are_functorch_transforms_active():
-        reason = "a function transform (vmap, grad, jvp, ...) is active"
-    elif forward_ad._current_level >= 0:
-        reason = "forward-mode differentiation is active"
-    elif torch._C._get_tracing_state() is not None:
+    transform = _transform()
+    if torch._C._get_tracing_state() is not None:
         reason = "torch.jit.trace is recording, and a graph of torch's operators loads without fastrnn"
     elif torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
         reason = "ONNX export: ONNX knows torch's operators"
@@ -75,11 +74,31 @@ def plan(
             if type(tensor) not in _PLAIN:
                 reason = f"an argument is of the tensor subclass {type(tensor).__name__}"
                 break
+    if reason is None and transform is not None:
+        reason, extended = transform, True
+        if transform is _RULES and on_cpu and not autocast:
+            return Route(TRANSFORMED, reason, dtype, dtype, dtype)
     if reason is None and not autocast:
         return SERVED[dtype]
     if not autocast:
         return Route(REFERENCE if extended else TORCH, reason, dtype, dtype, dtype)
     return _plan_autocast(cell, input, h0, c0, weights, onednn, extended, reason)
+
+
+_RULES = "vmap or grad is active, for which the kernels have rules"
+_FORWARD = "forward-mode differentiation is active"
+_HIGHER = "a function transform is active that the kernels have no rule for (jvp, or grad of grad)"
+
+
+def _transform() -> str | None:
+    """What function transforms and forward-mode differentiation make of a call; None when there are none."""
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return _HIGHER
+        kinds = [interpreter.key() for interpreter in get_interpreter_stack()]
+        gradients = kinds.count(TransformType.Grad)
+        return _RULES if gradients + kinds.count(TransformType.Vmap) == len(kinds) and gradients < 2 else _HIGHER
+    return _FORWARD if forward_ad._current_level >= 0 else None
 
 
 EXACT, BF16 = 0, 2  # csrc/problem.h: Precision

@@ -1,14 +1,12 @@
-"""torch.compile, export, script, ONNX, and function transforms: one graph where promised, right numbers everywhere."""
+"""torch.compile, export, script and ONNX: one graph where promised, right numbers everywhere."""
 
 import io
-import warnings
 
 import pytest
 import torch
 import torch._dynamo
 from conftest import KINDS, build, flat, pair, tensors_in
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
@@ -245,144 +243,6 @@ def test_onnx_export(kind):
     domains = {node.domain for node in program.model_proto.graph.node}
     assert domains <= {"", "pkg.onnxscript.torch_lib", "pkg.onnxscript.torch_lib.common", "pkg.torch.ops.aten"}
     close(rnn(x), rnn(x))  # and the module runs on fastrnn as before
-
-
-# Function transforms and forward mode: torch's values and tangents, or torch's refusal. Never silent zeros.
-
-
-def outcome(f):
-    """Tensors, or the type of what was raised."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return tensors_in(f())
-    except Exception as error:
-        return type(error)
-
-
-def same(ours, theirs, f):
-    mine, want = outcome(lambda: f(ours)), outcome(lambda: f(theirs))
-    if isinstance(want, type):
-        assert mine is want
-        return
-    assert not isinstance(mine, type), mine
-    assert len(mine) == len(want)
-    for a, b in zip(mine, want, strict=True):
-        assert a.shape == b.shape
-        assert (a - b).norm() <= 1e-13 * b.norm()
-
-
-def weights(module):
-    return {n: p.detach() for n, p in module.named_parameters()}
-
-
-ALL = [*KINDS, "RNNCell", "GRUCell", "LSTMCell"]
-
-
-def double_pair(kind):
-    if kind in KINDS:
-        return pair(kind, 5, 7, num_layers=2, bidirectional=True, dtype=torch.float64)
-    ours, theirs = getattr(fastrnn, kind)(5, 7, dtype=torch.float64), getattr(nn, kind)(5, 7, dtype=torch.float64)
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-def example(kind, *batch):
-    return torch.randn(*batch, *((6, 4, 5) if kind in KINDS else (4, 5)), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_jvp(kind):
-    x, v = example(kind), example(kind)
-    same(*double_pair(kind), lambda m: torch.func.jvp(lambda y: tensors_in(m(y))[0], (x,), (v,)))
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_func_grad(kind):
-    x = example(kind)
-
-    def f(m):
-        def loss(w, y):
-            return sum(t.square().sum() for t in tensors_in(torch.func.functional_call(m, w, (y,))))
-
-        by_weight, by_input = torch.func.grad(loss, argnums=(0, 1))(weights(m), x)
-        return (*by_weight.values(), by_input)
-
-    same(*double_pair(kind), f)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_vmap(kind):
-    x = example(kind, 3)
-    same(*double_pair(kind), lambda m: torch.func.vmap(lambda y: tensors_in(m(y))[0], randomness="error")(x))
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_per_sample_gradients(kind):
-    x = example(kind, 3)
-
-    def f(m):
-        def loss(w, y):
-            return tensors_in(torch.func.functional_call(m, w, (y,)))[0].square().sum()
-
-        return tuple(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights(m), x).values())
-
-    same(*double_pair(kind), f)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_forward_mode_duals(kind):
-    x, v = example(kind), example(kind)
-
-    def f(m):
-        with forward_ad.dual_level():
-            return tuple(
-                t
-                for out in tensors_in(m(forward_ad.make_dual(x, v)))
-                for t in (forward_ad.unpack_dual(out).primal, forward_ad.unpack_dual(out).tangent)
-            )
-
-    same(*double_pair(kind), f)
-
-
-@pytest.mark.parametrize("kind", ["RNN_TANH", "GRU", "LSTM"])
-def test_hessian_and_jacobians(kind):
-    ours, theirs = pair(kind, 2, 3, dtype=torch.float64)
-    x = torch.randn(3, 1, 2, dtype=torch.float64)
-    same(ours, theirs, lambda m: torch.func.jacrev(lambda y: m(y)[0])(x))
-    same(ours, theirs, lambda m: torch.func.jacfwd(lambda y: m(y)[0])(x))
-    same(ours, theirs, lambda m: torch.func.hessian(lambda y: m(y)[0].sum())(x))
-
-
-@pytest.mark.parametrize("kind", ["RNN_TANH", "GRU", "LSTM"])
-def test_new_arguments_under_transforms(kind):
-    """torch has none of these: the derivative along v must be that of the kernels' own function."""
-    rnn, x, v = build(kind, 5, 7, bidirectional=True, dtype=torch.float64), example(kind), example(kind)
-    options = {"reset": torch.rand(6, 4) < 0.3, "lengths": torch.tensor([6, 2, 0, 4]), "all_states": True}
-
-    def f(y):
-        return sum(t.sin().sum() for t in tensors_in(rnn(y, **options)))
-
-    value, tangent = torch.func.jvp(f, (x,), (v,))
-    given = x.clone().requires_grad_()
-    expected = f(given)
-    (grad,) = torch.autograd.grad(expected, given)
-    assert abs(value - expected) <= 1e-13 * abs(expected)
-    assert abs(tangent - (grad * v).sum()) <= 1e-12 * abs(tangent)
-    assert (torch.func.grad(f)(x) - grad).norm() <= 1e-13 * grad.norm()
-    batch = torch.stack([x, v])
-    found = torch.func.vmap(f)(batch)
-    assert all(abs(a - f(y)) <= 1e-13 * abs(a) for a, y in zip(found, batch, strict=True))
-
-
-def test_hidden_dual_is_not_lost():
-    rnn = fastrnn.GRU(5, 7, dtype=torch.float64)
-    h, v = torch.randn(1, 4, 7, dtype=torch.float64), torch.randn(1, 4, 7, dtype=torch.float64)
-    x = torch.randn(6, 4, 5, dtype=torch.float64)
-    with forward_ad.dual_level():
-        output, h_n = rnn(x, forward_ad.make_dual(h, v))
-        tangents = [forward_ad.unpack_dual(t).tangent for t in (output, h_n)]
-    assert all(t is not None and t.norm() > 0 for t in tangents)
 
 
 def test_packed_sequences_under_compile_stay_right():

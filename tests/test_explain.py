@@ -150,7 +150,7 @@ def test_torchs_own_module_runs_torch_until_patched():
 
 
 def test_the_reasons_for_torch():
-    module, x = fastrnn.GRU(5, 7), torch.randn(6, 4, 5)
+    module, cell, x = fastrnn.GRU(5, 7), fastrnn.GRUCell(5, 7), torch.randn(6, 4, 5)
 
     def path(*args, **kwargs):
         return fastrnn.explain(module, *args, **kwargs).path
@@ -159,11 +159,19 @@ def test_the_reasons_for_torch():
     assert path(x, lengths=torch.tensor([6, 5, 2, 1]), all_states=True) == KERNEL
     assert path(torch.randn(6, 4, 6)) == "torch"  # and torch raises
     with torch.autograd.forward_ad.dual_level():
-        assert path(x) == "torch"
-        assert path(x, all_states=True) == "reference"
+        assert path(x) == path(x, all_states=True) == "reference"
     seen = []
-    torch.func.vmap(lambda v: seen.append(path(v)) or v)(torch.randn(3, 6, 4, 5))
-    assert seen == ["torch"]
+
+    def look(v):
+        plans = fastrnn.explain(module, v), fastrnn.explain(cell, v[0])
+        seen.extend((plan.path, plan.isa) for plan in plans)
+        return v.sum()
+
+    torch.func.vmap(torch.func.grad(look))(torch.randn(3, 6, 4, 5))
+    assert seen == [("fastrnn cpu kernel, transformed", fastrnn.build_info()["isa"])] * 2
+    seen.clear()
+    torch.func.jvp(look, (x,), (x,))
+    assert seen == [("reference", None)] * 2
 
 
 def test_autocast_is_explained():

@@ -1,0 +1,309 @@
+"""One layer under torch.func's vmap and grad: autograd.Functions that say how they are batched and differentiated.
+
+vmap folds what is mapped into the batch, so that one call serves all samples: row b of sample n becomes row b * N + n
+(in that order the rows of a PackedSequence stay sorted). Mapped weights are a call each. Gradients of weights that are
+wanted sample by sample come from one back-propagation for all samples and a product each (`ops.layer_operands`).
+
+What has no rule here, forward mode and gradients of gradients, never comes here (plan.py) but for one case: a plain
+backward through what torch.func.grad has returned. That one goes by reference.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastrnn import ops, reference
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of a call is no tensor. No tuple, which vmap would take for several arguments."""
+
+    cell: str
+    bidirectional: bool
+    batch_major: bool
+    all_states: bool
+    save: bool
+    needs: tuple[bool, ...] = ()  # of input, h0, c0 and the weights: which gradients are
+
+
+def layer(
+    cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`ops.layer`, and None for what the cell or call has not."""
+    options = Options(cell, bidirectional, batch_major, all_states, torch.is_grad_enabled())
+    output, h_n, c_n, h_all, c_all, _tape = _Layer.apply(options, batch_sizes, lengths, reset, input, h0, c0, *weights)
+    lstm = cell == "lstm"
+    return output, h_n, c_n if lstm else None, h_all if all_states else None, c_all if lstm and all_states else None
+
+
+class _Layer(torch.autograd.Function):
+    """(options, batch_sizes, lengths, reset, input, h0, c0, *weights) -> output, h_n, c_n, h_all, c_all, tape."""
+
+    @staticmethod
+    def forward(options, batch_sizes, lengths, reset, input, h0, c0, *weights):
+        # A ragged tape is no tensor of samples, nor is the tape of another layout: backward makes it anew.
+        save = options.save and batch_sizes is None and lengths is None
+        *found, tape = ops.layer(
+            options.cell, input, h0, c0, list(weights), batch_sizes, lengths, reset, options.bidirectional,
+            options.batch_major, options.all_states, save,
+        )  # fmt: skip
+        if save:
+            tape = tape.unflatten(1, (input.size(1), input.size(0)))  # (D, B, T, width)
+        return (*found, tape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        options, batch_sizes, lengths, reset, *tensors = inputs
+        tape = outputs[-1]
+        ctx.mark_non_differentiable(tape)
+        ctx.save_for_backward(batch_sizes, lengths, reset, tape, *tensors)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        batch_sizes, lengths, reset, tape, *tensors = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[4:])
+        lstm, all_states = ctx.options.cell == "lstm", ctx.options.all_states
+        kept = (True, True, lstm, all_states, lstm and all_states)
+        incoming = [g if keep else None for g, keep in zip(grads, kept)]
+        found = iter(())
+        if any(needs) and any(g is not None for g in incoming):
+            options = replace(ctx.options, needs=needs)
+            found = iter(_Gradients.apply(options, batch_sizes, lengths, reset, tape, *incoming, *tensors))
+        return (None,) * 4 + tuple(next(found, None) if n else None for n in needs)
+
+    @staticmethod
+    def vmap(info, in_dims, options, batch_sizes, lengths, reset, input, h0, c0, *weights):
+        if any(d is not None for d in (in_dims[1], *in_dims[7:])):
+            return _one_by_one(_Layer, info, in_dims, options, batch_sizes, lengths, reset, input, h0, c0, *weights)
+        fold = _Fold(info.batch_size, batch_sizes is not None)
+        sequence, states = fold.sequence, fold.states
+        results = _Layer.apply(
+            options,
+            fold.sizes(batch_sizes),
+            fold.rows(lengths, in_dims[2], 0),
+            fold.rows(reset, in_dims[3], 1),
+            sequence(input, in_dims[4]),
+            states(h0, in_dims[5]),
+            states(c0, in_dims[6]),
+            *weights,
+        )
+        return fold.unfold(results, (fold.place, 1, 1, 2, 2, 1))
+
+
+class _Gradients(torch.autograd.Function):
+    """(options, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all, input, h0, c0,
+    *weights) -> the gradients that are needed."""
+
+    @staticmethod
+    def forward(options, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all, *tensors):
+        incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
+        found = ops.layer_backward(
+            *_given(options, batch_sizes, lengths, reset, tape, *tensors), *incoming, options.bidirectional,
+            options.batch_major, list(options.needs),
+        )  # fmt: skip
+        return tuple(g for g, n in zip(found, options.needs) if n)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        options, batch_sizes, lengths, reset, _tape, *tensors = inputs
+        ctx.save_for_backward(batch_sizes, lengths, reset, *tensors)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        options = ctx.options
+        batch_sizes, lengths, reset, *given = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5:]
+        places = [i for i, n in enumerate(wanted) if n]
+        received = [i for i, g in enumerate(grads) if g is not None]
+        found = iter(())
+        if places and received:
+            ragged = (batch_sizes, lengths, reset)
+
+            def gradients(*variables):
+                tensors = list(given)
+                for place, variable in zip(places, variables):
+                    tensors[place] = variable
+                results = _by_reference(options, *ragged, tensors[:5], tensors[5:])
+                return tuple(results[i] for i in received)
+
+            _, pull = torch.func.vjp(gradients, *(given[i] for i in places))
+            found = iter(pull(tuple(grads[i] for i in received)))
+        return (None,) * 5 + tuple(next(found) if n and received else None for n in wanted)
+
+    @staticmethod
+    def vmap(info, in_dims, options, batch_sizes, lengths, reset, tape, *tensors):
+        incoming, (input, h0, c0, *weights), needs = tensors[:5], tensors[5:], options.needs
+        # What has to be differentiable goes by the Function that is.
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if in_dims[1] is not None or any(d is not None for d in in_dims[13:]) or (recorded and any(needs[3:])):
+            return _one_by_one(_Gradients, info, in_dims, options, batch_sizes, lengths, reset, tape, *tensors)
+        fold = _Fold(info.batch_size, batch_sizes is not None)
+        sequence, states, rows = fold.sequence, fold.states, fold.rows
+        dims = in_dims[5:]
+        folded = (
+            fold.sizes(batch_sizes),
+            rows(lengths, in_dims[2], 0),
+            rows(reset, in_dims[3], 1),
+            rows(tape, in_dims[4], 1) if tape.numel() else tape.new_empty(0),
+            sequence(incoming[0], dims[0]),
+            states(incoming[1], dims[1]),
+            states(incoming[2], dims[2]),
+            rows(incoming[3], dims[3], 2),
+            rows(incoming[4], dims[4], 2),
+            sequence(input, dims[5]),
+            states(h0, dims[6]),
+            states(c0, dims[7]),
+            *weights,
+        )
+        places = [place for place, n in zip((fold.place, 1, 1), needs) if n]
+        if not any(needs[3:]):
+            return fold.unfold(_Gradients.apply(options, *folded), places)
+        found = _Operands.apply(options, *folded)
+        count = len(places)
+        (gradients, dims), x = fold.unfold(found[:count], places), folded[9]
+        for i, gradient in _products(options, needs[3:], info.batch_size, x, found[count:]):
+            gradients += (gradient.to(weights[i].dtype),)
+        return gradients, dims + (0,) * sum(needs[3:])
+
+
+class _Operands(torch.autograd.Function):
+    """The arguments of _Gradients -> the gradients of input, h0 and c0 that are needed, and `ops.layer_operands`'
+    operands of those of the weights. Not differentiable: _Gradients asks for it where nothing records."""
+
+    @staticmethod
+    def forward(options, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all, *tensors):
+        incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
+        found = ops.layer_operands(
+            *_given(options, batch_sizes, lengths, reset, tape, *tensors), *incoming, options.bidirectional,
+            options.batch_major, list(options.needs[:3]),
+        )  # fmt: skip
+        return (*(g for g, n in zip(found, options.needs[:3]) if n), *found[3:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _one_by_one(_Operands, info, in_dims, *arguments)
+
+
+def _given(options, batch_sizes, lengths, reset, tape, input, h0, c0, *weights):
+    """What the backward operators begin with; with the tape, which is made anew where there is none."""
+    arguments = (options.cell, input, h0, c0, list(weights), batch_sizes, lengths, reset)
+    if tape.numel():
+        tape = tape.flatten(1, 2)
+    else:
+        *_, tape = ops.layer(*arguments, options.bidirectional, options.batch_major, False, True)
+    return *arguments, tape
+
+
+def _by_reference(options, batch_sizes, lengths, reset, incoming, tensors):
+    """The gradients that are needed, in operations that can be differentiated again."""
+    places = [i for i, n in enumerate(options.needs) if n]
+    received = [i for i, g in enumerate(incoming) if g is not None]
+
+    def forward(*variables):
+        values = list(tensors)
+        for place, variable in zip(places, variables):
+            values[place] = variable
+        found = reference.layer(
+            options.cell, *values[:3], values[3:], batch_sizes, lengths, reset, options.bidirectional,
+            options.all_states,
+        )  # fmt: skip
+        return tuple(found[i] for i in received)
+
+    _, pull = torch.func.vjp(forward, *(tensors[i] for i in places))
+    return pull(tuple(incoming[i] for i in received))
+
+
+class _Fold:
+    """N samples as one batch. `place` is where the rows are in a sequence, (T, B, ...) or packed (rows, ...)."""
+
+    def __init__(self, samples: int, packed: bool):
+        self.samples, self.place = samples, 0 if packed else 1
+
+    def rows(self, t: Tensor | None, dim: int | None, place: int) -> Tensor | None:
+        """t with its rows at `place`, and samples at `dim` or the same for all, as rows of all samples."""
+        if t is None:
+            return None
+        if dim is None:
+            t = t.unsqueeze(place + 1)
+            t = t.expand(*t.shape[: place + 1], self.samples, *t.shape[place + 2 :])
+        else:
+            t = t.movedim(dim, place + 1)
+        return t.flatten(place, place + 1)
+
+    def sequence(self, t, dim):
+        return self.rows(t, dim, self.place)
+
+    def states(self, t, dim):
+        return self.rows(t, dim, 1)
+
+    def sizes(self, batch_sizes):
+        return None if batch_sizes is None else batch_sizes * self.samples
+
+    def unfold(self, results, places):
+        """The results for each sample, and where the samples are; what is empty is no sample's."""
+        dims = tuple(place + 1 if t.dim() > 1 else None for t, place in zip(results, places))
+        return (
+            tuple(
+                t if dim is None else t.unflatten(dim - 1, (t.size(dim - 1) // self.samples, self.samples))
+                for t, dim in zip(results, dims)
+            ),
+            dims,
+        )
+
+
+def _one_by_one(function, info, in_dims, *arguments):
+    """A call for each sample."""
+    results = [
+        function.apply(*(a if d is None or a is None else a.select(d, i) for a, d in zip(arguments, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results))
+    return stacked, (0,) * len(stacked)
+
+
+def _products(options, needs, samples, x, operands):
+    """(i, gradient (N, ...)) of each weight i that is needed, from the operands of all samples' rows."""
+    dgates, h_prev, *projection = operands
+    cell = ops.CELLS[options.cell]
+    D, H = dgates.size(0), dgates.size(-1) // cell["slots"]
+    per, G, first = len(needs) // D, cell["gates"], cell["x_first"]
+    roles = ["w_ih", "w_hh", *(["b_ih", "b_hh"] if per > 3 else ()), *(["w_hr"] if per % 2 else ())]
+    order = [
+        cell["hidden_gate"].index(gate) for gate in range(G)
+    ]  # of the slots that the state feeds, in torch's order
+
+    def by_sample(t):  # (steps and rows of one sample, N, columns)
+        return t.reshape(-1, samples, t.size(-1))
+
+    def sums(left, right):  # (N, columns of left, columns of right)
+        return torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))
+
+    x = by_sample(x).to(dgates.dtype)
+    for d in range(D):
+        slots = by_sample(dgates[d]).unflatten(-1, (-1, H))
+        of_x = slots[:, :, first : first + G].flatten(2)
+        of_h = (slots[:, :, :G] if order == sorted(order) else slots[:, :, order]).flatten(2)
+        for i, role in enumerate(roles, d * per):
+            if not needs[i]:
+                continue
+            if role == "w_ih":
+                yield i, sums(of_x, x)
+            elif role == "w_hh":
+                yield i, sums(of_h, by_sample(h_prev[d]))
+            elif role == "w_hr":
+                dh_out, h_raw = projection
+                yield i, sums(by_sample(dh_out[d]), by_sample(h_raw[d]))
+            else:
+                yield i, (of_x if role == "b_ih" else of_h).sum(0)
