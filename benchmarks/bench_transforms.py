@@ -1,4 +1,5 @@
 """Per-sample gradients of 32 samples: fastrnn's `vmap(grad(...))`, the batch's one gradient, and loops over samples.
+And a gradient penalty: the gradient of a norm of the gradient of the input.
 
     pytest benchmarks/bench_transforms.py
     pytest benchmarks/bench_transforms.py -k GRU --threads 1
@@ -48,5 +49,23 @@ def bench_per_sample_gradients(benchmark, cell, T, I, H, contender):
     else:
         call = plain(module, [x.movedim(0, 2).flatten(1, 2)] if contender == "whole batch" else x)
     benchmark.group = f"{cell} T {T}, I {I}, H {H}: gradients of {SAMPLES} samples"
+    call()
+    benchmark(call)
+
+
+@pytest.mark.parametrize("contender", ["torch", "fastrnn"])
+@pytest.mark.parametrize("B", [8, 32])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def bench_gradient_penalty(benchmark, cell, B, contender):
+    T, I, H = 100, 64, 128
+    torch.manual_seed(0)
+    module = getattr(torch.nn if contender == "torch" else fastrnn, cell)(I, H)
+    x = torch.randn(T, B, I).requires_grad_()
+
+    def call():
+        (gradient,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), list(module.parameters()), allow_unused=True)
+
+    benchmark.group = f"{cell} B {B}, T {T}, I {I}, H {H}: gradient penalty"
     call()
     benchmark(call)

@@ -1,8 +1,8 @@
 """The autograd.Functions: layers on the kernels, or one step, with back-propagation through time on the kernels.
 
 Bypassed when nothing needs a gradient. A backward that is itself to be differentiated (create_graph) recomputes the
-layers through reference.py, so second and higher derivatives are right (in all of float32, whatever precision the
-forward pass was allowed).
+layers by transforms.py, whose gradients have gradients (in all of float32, whatever precision the forward pass was
+allowed).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrnn import ops, reference
+from fastrnn import ops, reference, transforms
 
 
 class _Layers(torch.autograd.Function):
@@ -147,7 +147,7 @@ def _differentiable(cell, num_layers, tensors, arguments, needs, grads):
     # A fresh alias for each argument, because an argument may be used twice, or be computed from another one, and its
     # gradient here is that of its own place alone.
     alias = [None if t is None else t.view_as(t) for t in tensors]
-    outputs = reference.layers(cell, num_layers, *alias[:3], alias[3:], *arguments)
+    outputs = reference.layers(cell, num_layers, *alias[:3], alias[3:], *arguments, layer=_layer)
     pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and g is not None and o.requires_grad]
     wanted = [a for a, n in zip(alias, needs) if n]
     found = iter(())
@@ -155,6 +155,10 @@ def _differentiable(cell, num_layers, tensors, arguments, needs, grads):
         outputs, grads = zip(*pairs)
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found, None) if n else None for n in needs]
+
+
+def _layer(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states):
+    return transforms.layer(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, False, all_states)
 
 
 def layers(

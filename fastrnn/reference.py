@@ -1,8 +1,9 @@
 """The plain equations in torch operations: one function for each cell's step, one loop over time for each direction.
 
-What it is for: double backward (autograd.py recomputes through it), and `reset`, `lengths` and `all_states` where no
-kernel serves (other devices, function transforms, forward-mode AD). It is differentiable any number of times, works on
-any device and dtype, and never waits for a device: every condition is a mask. The only Python loop over time.
+What it is for: third derivatives, forward-mode AD and torch.func's gradients of gradients (plan.py), and `reset`,
+`lengths` and `all_states` where no kernel serves (other devices). It is differentiable any number of times, works on
+any device and dtype, and never waits for a device: every condition is a mask. double_backward.py takes the gates from
+here, and differentiates them.
 
 The equations are torch.nn's, from the docstrings of torch.nn.RNN, LSTM and GRU.
 """
@@ -16,9 +17,9 @@ from torch.nn.functional import linear
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 
 
-def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None):
-    """One step of one direction. x (B, G*H) is the input projection; returns the new h (B, P) and c (B, H)."""
-    a = linear(h, w_hh, b_hh)
+def pointwise(cell: str, x: Tensor, a: Tensor, h: Tensor | None, c: Tensor | None):
+    """The gates of one step, from x (..., G*H), the input projection, and a (..., G*H), what the state h becomes with
+    its weights. Returns the new h (..., H), before a projection, and c."""
     if cell == "rnn_tanh":
         return torch.tanh(x + a), None
     if cell == "rnn_relu":
@@ -31,7 +32,12 @@ def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh:
         return (1 - z) * n + z * h, None
     i, f, g, o = (x + a).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None):
+    """One step of one direction. x (B, G*H) is the input projection; returns the new h (B, P) and c (B, H)."""
+    h, c = pointwise(cell, x, linear(h, w_hh, b_hh), h, c)
     return (h if w_hr is None else linear(h, w_hr)), c
 
 
@@ -98,7 +104,7 @@ def layer(
 
     x, rows = input, None
     if batch_sizes is not None:
-        x, rows, lengths = _unpack(input, batch_sizes)
+        x, rows, lengths = unpack(input, batch_sizes)
     x = x.to(compute)
     T, B = x.size(0), x.size(1)
     valid = cut = None
@@ -136,7 +142,7 @@ def layer(
     return output, stacked(h_n), stacked(c_n), stacked(h_all), stacked(c_all)
 
 
-def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Packed (N, I) to (T, B, I), the place of each packed row in it flattened, and the lengths (B,)."""
     T, B = batch_sizes.size(0), int(batch_sizes[0])
     present = torch.arange(B) < batch_sizes.unsqueeze(1)
@@ -145,7 +151,9 @@ def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return padded.reshape(T, B, data.size(1)), rows, present.sum(0)
 
 
-def layers(cell, num_layers, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states):
+def layers(
+    cell, num_layers, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states, layer=layer
+):
     """`num_layers` of `layer` on top of each other: h0 and c0, the weights and the results but output of all layers."""
     D, per = 2 if bidirectional else 1, len(weights) // num_layers
     states, output = [], input

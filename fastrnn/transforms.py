@@ -4,8 +4,8 @@ vmap folds what is mapped into the batch, so that one call serves all samples: r
 (in that order the rows of a PackedSequence stay sorted). Mapped weights are a call each. Gradients of weights that are
 wanted sample by sample come from one back-propagation for all samples and a product each (`ops.layer_operands`).
 
-What has no rule here, forward mode and gradients of gradients, never comes here (plan.py) but for one case: a plain
-backward through what torch.func.grad has returned. That one goes by reference.py.
+A plain backward through gradients, torch.func.grad's or those of create_graph (autograd.py), is double_backward.py's,
+and one through that is reference.py's. Forward mode and gradients of gradients by torch.func never come here (plan.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import ops, reference
+from fastrnn.double_backward import double_backward
 
 
 @dataclass(frozen=True)
@@ -121,22 +122,20 @@ class _Gradients(torch.autograd.Function):
         options = ctx.options
         batch_sizes, lengths, reset, *given = ctx.saved_tensors
         wanted = ctx.needs_input_grad[5:]
-        places = [i for i, n in enumerate(wanted) if n]
-        received = [i for i, g in enumerate(grads) if g is not None]
-        found = iter(())
-        if places and received:
-            ragged = (batch_sizes, lengths, reset)
-
-            def gradients(*variables):
-                tensors = list(given)
-                for place, variable in zip(places, variables):
-                    tensors[place] = variable
-                results = _by_reference(options, *ragged, tensors[:5], tensors[5:])
-                return tuple(results[i] for i in received)
-
-            _, pull = torch.func.vjp(gradients, *(given[i] for i in places))
-            found = iter(pull(tuple(grads[i] for i in received)))
-        return (None,) * 5 + tuple(next(found) if n and received else None for n in wanted)
+        if not any(wanted) or all(g is None for g in grads):
+            return (None,) * (5 + len(wanted))
+        ragged = (batch_sizes, lengths, reset)
+        with torch.autocast(given[5].device.type, enabled=False):
+            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                found = _third(options, ragged, given, wanted, grads)
+            else:
+                grads = iter(grads)
+                cotangents = [next(grads) if n else None for n in options.needs]
+                by_incoming, by_tensor = double_backward(
+                    options.cell, options.bidirectional, *ragged, given[:5], given[5:], cotangents
+                )
+                found = [g if n else None for g, n in zip([*by_incoming, *by_tensor], wanted)]
+        return (None,) * 5 + tuple(found)
 
     @staticmethod
     def vmap(info, in_dims, options, batch_sizes, lengths, reset, tape, *tensors):
@@ -204,6 +203,23 @@ def _given(options, batch_sizes, lengths, reset, tape, input, h0, c0, *weights):
     else:
         *_, tape = ops.layer(*arguments, options.bidirectional, options.batch_major, False, True)
     return *arguments, tape
+
+
+def _third(options, ragged, given, wanted, grads):
+    """What _Gradients.backward returns, in operations that can be differentiated again."""
+    places = [i for i, n in enumerate(wanted) if n]
+    received = [i for i, g in enumerate(grads) if g is not None]
+
+    def gradients(*variables):
+        tensors = list(given)
+        for place, variable in zip(places, variables):
+            tensors[place] = variable
+        results = _by_reference(options, *ragged, tensors[:5], tensors[5:])
+        return tuple(results[i] for i in received)
+
+    _, pull = torch.func.vjp(gradients, *(given[i] for i in places))
+    found = iter(pull(tuple(grads[i] for i in received)))
+    return [next(found) if n else None for n in wanted]
 
 
 def _by_reference(options, batch_sizes, lengths, reset, incoming, tensors):

@@ -5,7 +5,7 @@ import itertools
 import fastrnn._C as _C
 import pytest
 import torch
-from conftest import KINDS, build, flat, normal, tensors_in
+from conftest import KINDS, build, dtype_name, flat, normal, tensors_in
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -99,6 +99,37 @@ def test_double_backward_is_torchs(kind):
     for mine, want in zip(*found, strict=True):
         mine, want = (torch.zeros(1, dtype=torch.float64) if v is None else v for v in (mine, want))
         assert (mine - want).norm() <= 1e-12 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("kind", ["RNN_TANH", "GRU", "LSTM"])
+def test_double_backward_in_other_dtypes(kind, dtype, isa):
+    """Ragged, with resets and all states: near what float64 gives for the same numbers."""
+    rnn = build(kind, 5, 18, num_layers=2, bidirectional=True, dtype=dtype)
+    exact = build(kind, 5, 18, num_layers=2, bidirectional=True, dtype=torch.float64)
+    exact.load_state_dict(rnn.state_dict())
+    options = dict(lengths=torch.tensor([6, 0, 3]), reset=torch.rand(6, 3) < 0.3, all_states=True)
+    found = []
+    for module in (rnn, exact):
+        x = normal(6, 3, 5, dtype=dtype).to(module.weight_ih_l0.dtype).requires_grad_()
+        loss = sum(t.double().sin().sum() for t in tensors_in(module(x, **options)))
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append(torch.autograd.grad((grad * grad.detach()).sum(), [x, *module.parameters()]))
+        assert all(g.dtype == module.weight_ih_l0.dtype for g in found[-1])
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+    for mine, truth in zip(*found, strict=True):
+        assert (mine - truth).norm() <= rounding * truth.norm()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_third_derivatives(cell):
+    f, leaves = function(cell, "reset and lengths")
+
+    def gradient(*leaves):
+        loss = sum(t.sin().sum() for t in f(*leaves))
+        return torch.autograd.grad(loss, leaves[0], create_graph=True)[0]
+
+    assert gradgradcheck(gradient, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
