@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp
+from torch.nn.functional import linear
 
 from fastrnn import ops, reference
 
@@ -121,8 +122,7 @@ class _Direction:
         self.cell, self.reverse = cell, reverse
         traits = ops.CELLS[cell]
         self.G, self.S, self.first, self.order = (traits[k] for k in ("gates", "slots", "x_first", "hidden_gate"))
-        bias = len(weights) > 3
-        roles = ["w_ih", "w_hh", *(["b_ih", "b_hh"] if bias else []), *(["w_hr"] if len(weights) % 2 else [])]
+        roles = ops.roles(len(weights))
         self.w, self.v = dict(zip(roles, weights)), dict(zip(roles, tangents))
         self.H = weights[0].size(0) // self.G
         self.w_hh, self.v_hh = self.by_slot(self.w["w_hh"]), self.by_slot(self.v["w_hh"])
@@ -138,10 +138,6 @@ class _Direction:
     def by_slot(self, w):
         """Rows of torch's gates as rows of the slots that the state feeds."""
         return None if w is None else w.unflatten(0, (self.G, self.H))[self.order].flatten(0, 1)
-
-    def ordered(self, t, order):
-        """Its gates, or slots, in another order."""
-        return t if order == sorted(order) else t[:, :, order]
 
     def entering(self, states, first):
         """What enters each step: the state after the step before, `first` where there is none, nothing after a cut."""
@@ -160,12 +156,10 @@ class _Direction:
         nothing = x.new_zeros(B, H)
         c_prev = self.entering(c_all, nothing if c0 is None else c0) if has_c else None
 
-        def linear(t, weight, bias=None):
-            return torch.nn.functional.linear(t, weight, bias)
-
         # The derivatives of h (before a projection) and c by the slots and by the h and c before.
         of_x = linear(x, w["w_ih"], w.get("b_ih")).unflatten(2, (G, H))
-        of_h = self.ordered(linear(h_prev, w["w_hh"], w.get("b_hh")).unflatten(2, (G, H)), self.order)
+        b_hh = self.by_slot(w.get("b_hh"))
+        of_h = linear(h_prev, self.w_hh, b_hh).unflatten(2, (G, H))
         slots = x.new_zeros(T, B, S, H)
         slots[:, :, self.first : self.first + G] += of_x
         slots[:, :, :G] += of_h
@@ -196,7 +190,7 @@ class _Direction:
         if self.v_hh is not None:
             from_h += linear(h_prev, self.v_hh).unflatten(2, (G, H))
         if v.get("b_hh") is not None:
-            from_h += v["b_hh"].unflatten(0, (G, H))[self.order]
+            from_h += self.by_slot(v["b_hh"]).unflatten(0, (G, H))
         h_raw = projection[1] if projection else None
         through_v = linear(h_raw, v["w_hr"]) if projection and v["w_hr"] is not None else None
         h = x.new_zeros(B, P) if vh0 is None else vh0
@@ -286,15 +280,10 @@ class _Direction:
             carry = self.carried(t, new, carry)
         ddh = self.inside(torch.stack(ddh))
 
-        def by_gate(t):
-            """(T, B, S, H) to what the input and what the state feeds, as torch's gates."""
-            back = [self.order.index(gate) for gate in range(G)]
-            return t[:, :, self.first : self.first + G].flatten(2), self.ordered(t[:, :, :G], back).flatten(2)
-
         def outer(left, right):
             return left.flatten(0, 1).t() @ right.flatten(0, 1)
 
-        (dd_x, dd_h), (d_x, d_h) = by_gate(ddgates), by_gate(dgates)
+        (dd_x, dd_h), (d_x, d_h) = (ops.by_gate(self.cell, t) for t in (ddgates, dgates))
         by_x = dd_x @ w["w_ih"]
         if v["w_ih"] is not None:
             by_x += d_x @ v["w_ih"]

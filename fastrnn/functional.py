@@ -58,7 +58,7 @@ def run(
         h0 = None if h0 is None else h0.to(work)
         c0 = None if c0 is None else c0.to(work)
     x = input.transpose(0, 1) if batch_first else input
-    if lengths is not None and route.path is KERNEL and not lengths.is_cpu and not x.is_meta:
+    if lengths is not None and route.path in (KERNEL, TRANSFORMED) and not lengths.is_cpu and not x.is_meta:
         lengths = lengths.cpu()
     if reset is not None and reset.device != x.device:
         reset = reset.to(x.device)

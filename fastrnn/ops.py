@@ -313,6 +313,19 @@ def layer_operands(
     )  # fmt: skip
 
 
+def roles(count: int) -> list[str]:
+    """What the `count` weights of one direction are, in order."""
+    return ["w_ih", "w_hh", *(["b_ih", "b_hh"] if count > 3 else ()), *(["w_hr"] if count % 2 else ())]
+
+
+def by_gate(cell: str, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots (a, b, S, H) as torch's gates (a, b, G*H): those that the input feeds, and those that the state feeds."""
+    first, G, hidden_gate = (CELLS[cell][k] for k in ("x_first", "gates", "hidden_gate"))
+    order = [hidden_gate.index(gate) for gate in range(G)]
+    of_h = slots[:, :, :G] if order == sorted(order) else slots[:, :, order]
+    return slots[:, :, first : first + G].flatten(2), of_h.flatten(2)
+
+
 def stack_backward(
     cell: str,
     input: Tensor,

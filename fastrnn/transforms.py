@@ -292,13 +292,8 @@ def _one_by_one(function, info, in_dims, *arguments):
 def _products(options, needs, samples, x, operands):
     """(i, gradient (N, ...)) of each weight i that is needed, from the operands of all samples' rows."""
     dgates, h_prev, *projection = operands
-    cell = ops.CELLS[options.cell]
-    D, H = dgates.size(0), dgates.size(-1) // cell["slots"]
-    per, G, first = len(needs) // D, cell["gates"], cell["x_first"]
-    roles = ["w_ih", "w_hh", *(["b_ih", "b_hh"] if per > 3 else ()), *(["w_hr"] if per % 2 else ())]
-    order = [
-        cell["hidden_gate"].index(gate) for gate in range(G)
-    ]  # of the slots that the state feeds, in torch's order
+    D, H = dgates.size(0), dgates.size(-1) // ops.CELLS[options.cell]["slots"]
+    per = len(needs) // D
 
     def by_sample(t):  # (steps and rows of one sample, N, columns)
         return t.reshape(-1, samples, t.size(-1))
@@ -308,10 +303,8 @@ def _products(options, needs, samples, x, operands):
 
     x = by_sample(x).to(dgates.dtype)
     for d in range(D):
-        slots = by_sample(dgates[d]).unflatten(-1, (-1, H))
-        of_x = slots[:, :, first : first + G].flatten(2)
-        of_h = (slots[:, :, :G] if order == sorted(order) else slots[:, :, order]).flatten(2)
-        for i, role in enumerate(roles, d * per):
+        of_x, of_h = ops.by_gate(options.cell, by_sample(dgates[d]).unflatten(-1, (-1, H)))
+        for i, role in enumerate(ops.roles(per), d * per):
             if not needs[i]:
                 continue
             if role == "w_ih":

@@ -419,6 +419,7 @@ def test_all_states_and_dropout_go_past_it(calls):
 def test_errors_are_torchs(calls):
     for module, x in modules():
         plain = getattr(nn, type(module).__name__)(I, H)
+        plain.load_state_dict(module.state_dict())
         module.freeze()
         good = [t.detach() for t in tensors_in(plain(x))][x.dim() == 3 :]
 
@@ -435,8 +436,9 @@ def test_errors_are_torchs(calls):
                     with pytest.raises(type(theirs)) as ours:
                         module(*arguments)
                     assert str(ours.value) == str(theirs)
-                else:  # cells serve no rows, and sparse ones
-                    assert [t.shape for t in tensors_in(module(*arguments))] == [t.shape for t in tensors_in(expected)]
+                else:  # torch.nn's cells serve no rows, and sparse ones: so do ours, by torch.nn's own forward
+                    assert x.dim() == 2
+                    same(module(*arguments), expected)
 
 
 def test_what_cannot_be_frozen():

@@ -10,7 +10,7 @@ import warnings
 import fastrnn._C as _C
 import pytest
 import torch
-from conftest import ISAS, KINDS, build, normal, tensors_in
+from conftest import ISAS, KINDS, TINY, build, normal, tensors_in
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -128,7 +128,7 @@ def close(found, expected):
     assert len(found) == len(expected) > 0
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        assert (a - b).norm() <= 1e-11 * b.norm() + 1e-14, (a - b).abs().max()
+        assert (a - b).norm() <= 1e-13 * b.norm(), (a - b).norm() / b.norm()
 
 
 def looped(f, dims, values):
@@ -343,8 +343,7 @@ def test_other_dtypes(kind, dtype, isa):
     for name, g in found.items():
         expected = torch.stack([grad(loss)(weights, sample)[name] for sample in x])
         assert g.dtype == dtype
-        rounding = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-        assert (g - expected).float().norm() <= rounding * expected.float().norm()
+        assert (g - expected).float().norm() <= TINY[dtype] * expected.float().norm()
 
 
 @pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell"])
@@ -404,28 +403,27 @@ def outcome(f):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return f()
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         return error
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_what_torch_refuses(kind):
-    """Whatever torch.nn gives, ours gives, and what it refuses as well."""
+    """In float32, in which it refuses most; ours refuses nothing, and in float64 gives whatever torch.nn gives."""
     torch.manual_seed(0)
-    theirs = getattr(nn, kind)(3, 4)
-    ours, exact = getattr(fastrnn, kind)(3, 4), getattr(fastrnn, kind)(3, 4, dtype=torch.float64)
-    for module in (ours, exact):
-        module.load_state_dict(theirs.state_dict())
+    theirs = getattr(nn, kind)(3, 4, num_layers=2, bidirectional=True)
+    ours = getattr(fastrnn, kind)(3, 4, num_layers=2, bidirectional=True)
+    ours.load_state_dict(theirs.state_dict())
     x, refused = normal(3, 2, 3), set()
     for name, f in TRANSFORMS.items():
-        expected = outcome(lambda: f(lambda x: theirs(x)[0], x))  # noqa: B023
-        found, truth = (tensors_in(f(lambda x: m(x)[0], v)) for m, v in ((ours, x), (exact, x.double())))  # noqa: B023
-        if isinstance(expected, Exception):
+        if isinstance(outcome(lambda: f(lambda x: theirs(x)[0], x)), Exception):  # noqa: B023
             refused.add(name)
-            expected = truth
-        for a, b, c in zip(found, truth, tensors_in(expected), strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm()
-            assert (a - c).norm() <= 1e-5 * c.norm()
+    ours, theirs, x = ours.double(), theirs.double(), x.double()
+    for f in TRANSFORMS.values():
+        expected = outcome(lambda: f(lambda x: theirs(x)[0], x))  # noqa: B023
+        found = tensors_in(f(lambda x: ours(x)[0], x))
+        if not isinstance(expected, Exception):
+            close(found, expected)
     assert refused == REFUSED[kind] or torch.__version__ >= "2.14"
 
 
