@@ -27,7 +27,9 @@ struct Arguments {
   std::optional<Tensor> h0, c0;
   std::vector<Tensor> weights;
   std::optional<Tensor> batch_sizes, lengths, reset;
-  Precision precision = Precision::exact;  // the last argument
+  // The last arguments.
+  Precision precision = Precision::exact;
+  std::optional<Tensor> h_reset, c_reset;
 };
 
 Arguments take_arguments(Reader& reader, bool one_step = false) {
@@ -50,6 +52,11 @@ Precision take_precision(Reader& reader) {
   return static_cast<Precision>(found);
 }
 
+void take_reset_states(Reader& reader, Arguments& a) {
+  a.h_reset = reader.take_optional();
+  a.c_reset = reader.take_optional();
+}
+
 // Layer is what the kernel sees; the rest is what the ops themselves need, and what keeps its pointers valid.
 struct Problem {
   Layer layer;
@@ -58,6 +65,7 @@ struct Problem {
   int64_t N = 0;             // rows of the tape: the stored rows, or T*B where lengths alone tell how many are used
   int32_t dtype = 0;         // torch's code of the storage dtype
   int32_t compute = 0;       // and of the compute dtype
+  int32_t state = 0;         // and of the states'
   size_t per_direction = 0;  // weights of one direction
   Tensor input;              // last dimension contiguous
   std::vector<Tensor> kept;
@@ -125,6 +133,15 @@ void read_dtype(Problem& p, const Tensor& t, const char* name) {
   if (kind == 4) fail(name, ": expected dtype float32, float64, bfloat16 or float16, got ", dtype_name(p.dtype));
   p.layer.dtype = kinds[kind];
   p.compute = p.layer.dtype == Dtype::f64 ? p.dtype : aoti_torch_dtype_float32();
+  p.state = p.dtype;
+  p.layer.state = p.layer.dtype;
+}
+
+// The states' dtype is h0's, if that is the compute dtype; input's otherwise.
+void read_state_dtype(Problem& p, const std::optional<Tensor>& h0) {
+  if (p.dtype == p.compute || !h0 || dtype_of(*h0) != p.compute) return;
+  p.state = p.compute;
+  p.layer.state = Dtype::f32;
 }
 
 void check_input(Problem& p, const Arguments& a, bool one_step) {
@@ -294,6 +311,10 @@ void take_packed(Problem& p, const Arguments& a, const PackedHeader& header, int
   for (int d = 0; d < l.D; ++d) l.weights[d].packed = reinterpret_cast<const char*>(&header) + header.place(k, d);
 }
 
+void check_no_c(const Problem& p, const std::optional<Tensor>& c, const char* name) {
+  if (c && !p.cell->has_c) fail(name, ": expected None for cell '", p.cell->name, "', got a tensor");
+}
+
 // one_step: the input is (B, I), the states (B, P) and (B, H). header: of packed weights, whose layer k this is.
 Problem check(const Arguments& a, bool bidirectional, bool one_step = false, const PackedHeader* header = nullptr,
               int64_t k = 0) {
@@ -319,14 +340,18 @@ Problem check(const Arguments& a, bool bidirectional, bool one_step = false, con
     take_packed(p, a, *header, k);
   else
     check_weights(p, a);
-  if (a.c0 && !p.cell->has_c) fail("c0: expected None for cell '", p.cell->name, "', got a tensor");
+  check_no_c(p, a.c0, "c0");
+  check_no_c(p, a.c_reset, "c_reset");
   if (one_step) {
     l.h0 = keep(p, a.h0, "h0", {l.B, l.P}, "(B, P)", p.dtype);
     l.c0 = keep(p, a.c0, "c0", {l.B, l.H}, "(B, H)", p.dtype);
     return p;
   }
-  l.h0 = keep(p, a.h0, "h0", {l.D, l.B, l.P}, "(D, B, P)", p.dtype);
-  l.c0 = keep(p, a.c0, "c0", {l.D, l.B, l.H}, "(D, B, H)", p.dtype);
+  read_state_dtype(p, a.h0);
+  l.h0 = keep(p, a.h0, "h0", {l.D, l.B, l.P}, "(D, B, P)", p.state);
+  l.c0 = keep(p, a.c0, "c0", {l.D, l.B, l.H}, "(D, B, H)", p.state);
+  l.h_reset = keep(p, a.h_reset, "h_reset", {l.D, l.B, l.P}, "(D, B, P)", p.state);
+  l.c_reset = keep(p, a.c_reset, "c_reset", {l.D, l.B, l.H}, "(D, B, H)", p.state);
   if (a.lengths) check_lengths(p, *a.lengths);
   if (a.reset) {
     check_tensor(*a.reset, "reset", aoti_torch_dtype_bool(), {l.T, l.B}, "(T, B)");
@@ -338,6 +363,8 @@ Problem check(const Arguments& a, bool bidirectional, bool one_step = false, con
 }
 
 int64_t tape_width(const Problem& p) { return tape_width(*p.cell, p.layer.H, p.layer.P, p.layer.projected); }
+
+int64_t state_size(const Problem& p) { return p.layer.state == Dtype::f64 ? 8 : p.layer.state == Dtype::f32 ? 4 : 2; }
 
 int64_t compute_size(const Problem& p) { return p.layer.dtype == Dtype::f64 ? 8 : 4; }
 

@@ -2,7 +2,8 @@
 //
 //   layer()           allocates the results, fills Forward, runs the kernel
 //   step()            the same for one step of a cell
-//   stack()           the same for several layers
+//   step_()           one step of layers, onto states that the caller owns
+//   stack()           the same as layer() for several layers
 //   pack(), frozen()  weights packed once, and stack() or step() by them
 //   layer_backward()  allocates the gradients, fills Backward, runs the kernel; of layer() and, with a 2-D input,
 //                     step()
@@ -29,6 +30,7 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
   const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
   const bool all_states = reader.take<bool>(), save = reader.take<bool>();
   a.precision = take_precision(reader);
+  take_reset_states(reader, a);
 
   const SerialInForkedChild serial;
   const Problem p = check(a, bidirectional);
@@ -37,8 +39,8 @@ void layer(StableIValue* stack, uint64_t, uint64_t) {
   static_cast<Layer&>(f) = p.layer;
   const auto none = [](int32_t dtype) { return empty({0}, dtype); };
   const Tensor y = p.packed ? empty({p.N, f.D * f.P}, p.dtype) : empty_rows(f.T, f.B, f.D * f.P, batch_major, p.dtype);
-  const Tensor h_n = empty({f.D, f.B, f.P}, p.dtype);
-  const Tensor c_n = has_c ? empty({f.D, f.B, f.H}, p.dtype) : none(p.dtype);
+  const Tensor h_n = empty({f.D, f.B, f.P}, p.state);
+  const Tensor c_n = has_c ? empty({f.D, f.B, f.H}, p.state) : none(p.state);
   const Tensor h_all = all_states ? empty({f.D, f.T, f.B, f.P}, p.dtype) : none(p.dtype);
   const Tensor c_all = all_states && has_c ? empty({f.D, f.T, f.B, f.H}, p.dtype) : none(p.dtype);
   const Tensor tape = save ? new_tape(p) : none(p.compute);
@@ -122,6 +124,11 @@ struct Saved {
   explicit Saved(int64_t from) : from(from) {}
 };
 
+const void* of_layer(const void* all, int64_t k, int64_t bytes) {
+  return all ? static_cast<const char*>(all) + k * bytes : nullptr;
+}
+void* of_layer(void* all, int64_t k, int64_t bytes) { return all ? static_cast<char*>(all) + k * bytes : nullptr; }
+
 // Layers on top of each other: one call for all, and as a wavefront where that is faster. A one-step input (B, I) gives
 // h, an empty h_n, and c. header: of packed weights, which then stand for a.weights. saved: to be filled, or null.
 std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool batch_major, int64_t count,
@@ -131,37 +138,44 @@ std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool bat
   const size_t per_layer = header ? 0 : weights_per_layer(a, count);
   // The layers' sizes follow from the weights; each is checked with the input that it will have.
   Arguments part = a;
-  part.h0 = part.c0 = std::nullopt;
+  part.h0 = part.c0 = part.h_reset = part.c_reset = std::nullopt;
   std::vector<Problem> problems;
   std::vector<Forward> layers(static_cast<size_t>(count));
   Tensor y, h_n, c_n;
-  const void *h0 = nullptr, *c0 = nullptr;
+  const void *h0 = nullptr, *c0 = nullptr, *h_reset = nullptr, *c_reset = nullptr;
   Wavefront wave;
   problems.reserve(layers.size());
   for (int64_t k = 0; k < count; ++k) {
     if (!header) part.weights.assign(a.weights.begin() + k * per_layer, a.weights.begin() + (k + 1) * per_layer);
     problems.push_back(check(part, bidirectional, one_step, header, k));
     Problem& p = problems.back();
+    if (!one_step) read_state_dtype(p, a.h0);
     Forward& f = layers[k];
     static_cast<Layer&>(f) = p.layer;
-    const int64_t D = f.D, size = p.input.element_size(), state = D * f.B * f.P * size, cell = D * f.B * f.H * size;
+    const int64_t D = f.D, size = state_size(p), state = D * f.B * f.P * size, cell = D * f.B * f.H * size;
     if (k == 0) {
       const bool has_c = p.cell->has_c;
-      if (a.c0 && !has_c) fail("c0: expected None for cell '", p.cell->name, "', got a tensor");
+      check_no_c(p, a.c0, "c0");
+      check_no_c(p, a.c_reset, "c_reset");
       const Shape h_shape = one_step ? Shape{f.B, f.P} : Shape{count * D, f.B, f.P};
       const Shape c_shape = one_step ? Shape{f.B, f.H} : Shape{count * D, f.B, f.H};
-      h0 = keep(p, a.h0, "h0", h_shape, one_step ? "(B, P)" : "(L*D, B, P)", p.dtype);
-      c0 = keep(p, a.c0, "c0", c_shape, one_step ? "(B, H)" : "(L*D, B, H)", p.dtype);
-      h_n = empty(one_step ? Shape{0} : h_shape, p.dtype);
-      c_n = empty(has_c ? c_shape : Shape{0}, p.dtype);
+      const char *h_letters = one_step ? "(B, P)" : "(L*D, B, P)", *c_letters = one_step ? "(B, H)" : "(L*D, B, H)";
+      h0 = keep(p, a.h0, "h0", h_shape, h_letters, p.state);
+      c0 = keep(p, a.c0, "c0", c_shape, c_letters, p.state);
+      h_reset = keep(p, a.h_reset, "h_reset", h_shape, h_letters, p.state);
+      c_reset = keep(p, a.c_reset, "c_reset", c_shape, c_letters, p.state);
+      h_n = empty(one_step ? Shape{0} : h_shape, p.state);
+      c_n = empty(has_c ? c_shape : Shape{0}, p.state);
       Layer upper = f;  // the others differ in the width of their input alone
       upper.I = D * f.P;
       if (count > 1) wave = plan_wavefront(f, upper, static_cast<int>(count), false, team().size);
     } else {
       check_alike(p, problems[0], k);
     }
-    if (h0) f.h0 = static_cast<const char*>(h0) + k * state;
-    if (c0) f.c0 = static_cast<const char*>(c0) + k * cell;
+    f.h0 = of_layer(h0, k, state);
+    f.c0 = of_layer(c0, k, cell);
+    f.h_reset = of_layer(h_reset, k, state);
+    f.c_reset = of_layer(c_reset, k, cell);
     if (p.cell->has_c) f.c_n = static_cast<char*>(c_n.data_ptr()) + k * cell;
     y = p.packed || one_step ? empty({p.N, D * f.P}, p.dtype)
                              : empty_rows(f.T, f.B, D * f.P, batch_major && k == count - 1, p.dtype);
@@ -188,6 +202,7 @@ void stack(StableIValue* stack, uint64_t, uint64_t) {
   const bool bidirectional = reader.take<bool>(), batch_major = reader.take<bool>();
   const int64_t count = reader.take<int64_t>(), from = reader.take<int64_t>();
   a.precision = take_precision(reader);
+  take_reset_states(reader, a);
   if (from < 0 || from > count) fail("saved_from: expected 0 to num_layers = ", count, ", got ", from);
   Saved saved(from);
   const auto results = run_stack(a, bidirectional, batch_major, count, nullptr, &saved);
@@ -256,18 +271,100 @@ void frozen(StableIValue* stack, uint64_t, uint64_t) {
   a.batch_sizes = reader.take_optional();
   a.lengths = reader.take_optional();
   a.reset = reader.take_optional();
+  take_reset_states(reader, a);
   const PackedHeader& header = packed_header(packed);
   const bool flat = a.input.defined() && a.input.dim() == 2;
-  if (flat && !a.batch_sizes && (header.D > 1 || header.layers > 1 || a.lengths || a.reset))
+  if (flat && !a.batch_sizes && (header.D > 1 || header.layers > 1 || a.lengths || a.reset || a.h_reset || a.c_reset))
     fail(
-        "input: expected 3 dimensions (T, B, input_size), or for one step one layer and direction, lengths and reset "
-        "absent, got shape ",
+        "input: expected 3 dimensions (T, B, input_size), or for one step one layer and direction, lengths, reset and "
+        "reset states absent, got shape ",
         shape_of(a.input));
   if (flat && batch_first) fail("batch_first: expected False for an input of 2 dimensions, got True");
   if (batch_first) a.input = stable::transpose(a.input, 0, 1);
   auto results = run_stack(a, header.D == 2, batch_first, header.layers, &header);
   if (batch_first) results[0] = stable::transpose(results[0], 0, 1);
   for (int i = 0; i < 3; ++i) stack[i] = stable::detail::from(results[i]);
+}
+
+// Whether the memory of two tensors, from the first to the last value, has bytes in common.
+bool overlap(const Tensor& a, const Tensor& b) {
+  const auto end = [](const Tensor& t) {
+    int64_t values = 1;
+    for (int64_t i = 0; i < t.dim(); ++i) values += (t.size(i) - 1) * t.stride(i);
+    return static_cast<const char*>(t.data_ptr()) + values * t.element_size();
+  };
+  return a.numel() && b.numel() && a.data_ptr() < end(b) && b.data_ptr() < end(a);
+}
+
+// One step of layers on top of each other, onto the states that the caller owns: nothing else is allocated.
+void step_onto(StableIValue* stack, uint64_t, uint64_t) {
+  Reader reader(stack);
+  Tensor h = reader.take<Tensor>();
+  const std::optional<Tensor> c = reader.take_optional();
+  Arguments a;
+  a.cell = reader.take_string();
+  a.input = reader.take<Tensor>();
+  a.weights = reader.take<std::vector<Tensor>>();
+  const auto packed = reader.take_optional();
+  int64_t count = reader.take<int64_t>();
+  const auto reset = reader.take_optional();
+  take_reset_states(reader, a);
+  a.precision = take_precision(reader);
+
+  const SerialInForkedChild serial;
+  const PackedHeader* const header = packed ? &packed_header(*packed) : nullptr;
+  if (header && (header->D > 1 || header->layers != count))
+    fail("packed: expected ", count, " layer(s) of one direction, got ", header->layers, " of ", header->D);
+  const size_t per_layer = header ? 0 : weights_per_layer(a, count);
+  Arguments part = a;
+  part.h_reset = part.c_reset = std::nullopt;
+  std::vector<Problem> problems;
+  problems.reserve(static_cast<size_t>(count));
+  const void *h_reset = nullptr, *c_reset = nullptr;
+  for (int64_t k = 0; k < count; ++k) {
+    if (!header) part.weights.assign(a.weights.begin() + k * per_layer, a.weights.begin() + (k + 1) * per_layer);
+    if (k) part.input = stable::select(h, 0, k - 1);
+    problems.push_back(check(part, false, true, header, k));
+    Problem& p = problems.back();
+    Forward f;
+    static_cast<Layer&>(f) = p.layer;
+    const Shape flat[] = {{f.B, f.P}, {f.B, f.H}}, deep[] = {{count, f.B, f.P}, {count, f.B, f.H}};
+    if (k == 0) {
+      const Shape* const shape = h.defined() && h.dim() == 2 && count == 1 ? flat : deep;
+      const auto check_state = [&](const Tensor& t, const char* name, const Shape& expected, const char* letters) {
+        check_tensor(t, name, p.dtype, expected, letters);
+        if (!t.is_contiguous()) fail(name, ": expected a contiguous tensor to write to, got one with other strides");
+      };
+      check_no_c(p, c, "c");
+      check_no_c(p, a.c_reset, "c_reset");
+      if (p.cell->has_c && !c) fail("c: expected a tensor for cell '", p.cell->name, "', got None");
+      check_state(h, "h", shape[0], "(L, B, P)");
+      if (c) check_state(*c, "c", shape[1], "(L, B, H)");
+      if (c && overlap(*c, h)) fail("c: expected memory of its own, got some of h's");
+      h_reset = keep(p, a.h_reset, "h_reset", shape[0], "(L, B, P)", p.dtype);
+      c_reset = keep(p, a.c_reset, "c_reset", shape[1], "(L, B, H)", p.dtype);
+      if (reset) check_tensor(*reset, "reset", aoti_torch_dtype_bool(), {f.B}, "(B,)");
+      if (overlap(h, a.input) || (c && overlap(*c, a.input))) {
+        p.input = rows_contiguous(stable::clone(a.input));
+        f.x = rows_of(p.input, true);
+      }
+    } else {
+      check_alike(p, problems[0], k);
+    }
+    const int64_t size = h.element_size(), state = f.B * f.P * size, cell = f.B * f.H * size;
+    f.h_n = of_layer(h.data_ptr(), k, state);
+    f.h0 = f.h_n;
+    f.y = {f.h_n, 0, f.P};
+    if (c) f.c_n = of_layer(c->data_ptr(), k, cell);
+    f.c0 = f.c_n;
+    f.h_reset = of_layer(h_reset, k, state);
+    f.c_reset = of_layer(c_reset, k, cell);
+    if (reset) {
+      f.reset = static_cast<const bool*>(reset->data_ptr());
+      f.reset_row = reset->stride(0);
+    }
+    if (f.B) current().forward(f, team());
+  }
 }
 
 // -------------------------------------------------------------------------------------------------------- backward
@@ -318,13 +415,15 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
                                  std::vector<Tensor>* operands = nullptr) {
   const SerialInForkedChild serial;
   const bool one_step = a.input.defined() && a.input.dim() == 2 && !a.batch_sizes;  // of step()
-  const size_t per_layer = weights_per_layer(a, count);
-  if (needs.size() != 3 + a.weights.size())
-    fail("needs: expected one value for input, h0, c0 and each of ", a.weights.size(), " weights, got ", needs.size());
+  const size_t per_layer = weights_per_layer(a, count), weights_end = 3 + a.weights.size();
+  if (needs.size() != weights_end && needs.size() != weights_end + 2)
+    fail("needs: expected one value for input, h0, c0, each of ", a.weights.size(),
+         " weights, and perhaps h_reset and c_reset, got ", needs.size());
+  const bool resets = needs.size() > weights_end && (needs[weights_end] || needs[weights_end + 1]);
   const auto first_weight = [&](int64_t k) { return needs.begin() + 3 + k * static_cast<int64_t>(per_layer); };
   // Below this layer nothing is wanted.
   int64_t lowest = 0;
-  if (!needs[0] && !needs[1] && !needs[2])
+  if (!needs[0] && !needs[1] && !needs[2] && !resets)
     while (lowest + 1 < count &&
            std::find(first_weight(lowest), first_weight(lowest + 1), true) == first_weight(lowest + 1))
       ++lowest;
@@ -332,11 +431,12 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
     fail("needs: expected nothing for the layers below ", saved.from, ", of which nothing was saved, got a request");
 
   Arguments part = a;
-  part.h0 = part.c0 = std::nullopt;
+  part.h0 = part.c0 = part.h_reset = part.c_reset = std::nullopt;
   std::vector<Problem> problems;
   std::vector<Backward> layers(static_cast<size_t>(count - lowest));
   std::vector<Tensor> results, between;
-  const void *h0 = nullptr, *c0 = nullptr, *d_h_n = nullptr, *d_c_n = nullptr;
+  const void *h0 = nullptr, *c0 = nullptr, *h_reset = nullptr, *c_reset = nullptr, *d_h_n = nullptr, *d_c_n = nullptr;
+  void* states[4] = {};  // gradients of h0, c0, h_reset, c_reset
   std::optional<Tensor> dy = incoming.d_output;
   Wavefront wave;
   problems.reserve(layers.size());
@@ -348,25 +448,33 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
       fail("saved: expected an input of layer ", k, " that fits its weights, got shape ", shape_of(part.input));
     problems.push_back(check(part, bidirectional, one_step));
     Problem& p = problems.back();
+    if (!one_step) read_state_dtype(p, a.h0);
     Backward& b = layers[problems.size() - 1];
     static_cast<Layer&>(b) = p.layer;
-    const bool flat = p.packed || one_step, has_c = p.cell->has_c;
-    const int64_t size = p.input.element_size(), state = b.D * b.B * b.P * size, cell = b.D * b.B * b.H * size;
+    const bool flat = p.packed || one_step;
+    const int64_t size = state_size(p), state = b.D * b.B * b.P * size, cell = b.D * b.B * b.H * size;
     if (k == count - 1) {
-      if (!has_c && (a.c0 || incoming.d_c_n || incoming.d_c_all || needs[2]))
-        fail("c0, d_c_n, d_c_all, needs[2]: expected None, None, None, False for cell '", p.cell->name,
+      if (!p.cell->has_c &&
+          (a.c0 || a.c_reset || incoming.d_c_n || incoming.d_c_all || needs[2] || (resets && needs[weights_end + 1])))
+        fail("c0, c_reset, d_c_n, d_c_all and their needs: expected None and False for cell '", p.cell->name,
              "', got a request");
       for (size_t i = 0; i < needs.size(); ++i) results.push_back(empty({0}, p.dtype));
       const Shape h_shape = one_step ? Shape{b.B, b.P} : Shape{count * b.D, b.B, b.P};
       const Shape c_shape = one_step ? Shape{b.B, b.H} : Shape{count * b.D, b.B, b.H};
       const char* h_letters = one_step ? "(B, P)" : count > 1 ? "(L*D, B, P)" : "(D, B, P)";
       const char* c_letters = one_step ? "(B, H)" : count > 1 ? "(L*D, B, H)" : "(D, B, H)";
-      h0 = keep(p, a.h0, "h0", h_shape, h_letters, p.dtype);
-      c0 = keep(p, a.c0, "c0", c_shape, c_letters, p.dtype);
-      d_h_n = keep(p, incoming.d_h_n, "d_h_n", h_shape, h_letters, p.dtype);
-      d_c_n = keep(p, incoming.d_c_n, "d_c_n", c_shape, c_letters, p.dtype);
-      if (needs[1]) results[1] = empty(h_shape, p.dtype);
-      if (needs[2]) results[2] = empty(c_shape, p.dtype);
+      h0 = keep(p, a.h0, "h0", h_shape, h_letters, p.state);
+      c0 = keep(p, a.c0, "c0", c_shape, c_letters, p.state);
+      h_reset = keep(p, a.h_reset, "h_reset", h_shape, h_letters, p.state);
+      c_reset = keep(p, a.c_reset, "c_reset", c_shape, c_letters, p.state);
+      d_h_n = keep(p, incoming.d_h_n, "d_h_n", h_shape, h_letters, p.state);
+      d_c_n = keep(p, incoming.d_c_n, "d_c_n", c_shape, c_letters, p.state);
+      const size_t places[4] = {1, 2, weights_end, weights_end + 1};
+      for (int i = 0; i < (resets ? 4 : 2); ++i) {
+        if (!needs[places[i]]) continue;
+        results[places[i]] = empty(i % 2 ? c_shape : h_shape, p.state);
+        states[i] = results[places[i]].data_ptr();
+      }
       // Of one layer alone.
       b.dh_all = keep(p, incoming.d_h_all, "d_h_all", {b.D, b.T, b.B, b.P}, "(D, T, B, P)", p.dtype);
       b.dc_all = keep(p, incoming.d_c_all, "d_c_all", {b.D, b.T, b.B, b.H}, "(D, T, B, H)", p.dtype);
@@ -387,15 +495,16 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
       dy = rows_contiguous(*dy);
       b.dy = rows_of(*dy, flat);
     }
-    const auto of_layer = [&](const void* from, int64_t bytes) {
-      return from ? static_cast<const char*>(from) + k * bytes : nullptr;
-    };
-    b.h0 = of_layer(h0, state);
-    b.c0 = of_layer(c0, cell);
-    b.dh_n = of_layer(d_h_n, state);
-    b.dc_n = of_layer(d_c_n, cell);
-    if (needs[1]) b.dh0 = static_cast<char*>(results[1].data_ptr()) + k * state;
-    if (needs[2]) b.dc0 = static_cast<char*>(results[2].data_ptr()) + k * cell;
+    b.h0 = of_layer(h0, k, state);
+    b.c0 = of_layer(c0, k, cell);
+    b.h_reset = of_layer(h_reset, k, state);
+    b.c_reset = of_layer(c_reset, k, cell);
+    b.dh_n = of_layer(d_h_n, k, state);
+    b.dc_n = of_layer(d_c_n, k, cell);
+    b.dh0 = of_layer(states[0], k, state);
+    b.dc0 = of_layer(states[1], k, cell);
+    b.dh_reset = of_layer(states[2], k, state);
+    b.dc_reset = of_layer(states[3], k, cell);
 
     Tensor dx;
     if (k > lowest || needs[0]) {
@@ -419,8 +528,8 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
   if (layers[0].B && wave.groups > 1)
     current().backward_wavefront(layers.data(), static_cast<int>(layers.size()), wave, team());
   const Problem& p = problems[0];
-  if (p.dtype != p.compute)
-    for (size_t i = 3; i < needs.size(); ++i)
+  if (p.dtype != p.compute && p.state == p.dtype)
+    for (size_t i = 3; i < weights_end; ++i)
       if (needs[i]) results[i] = stable::to(results[i], a.input.scalar_type());
   return results;
 }
@@ -440,12 +549,13 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
         "lengths and reset absent, got shape ", shape_of(a.input));
   const auto needs = reader.take<std::vector<bool>>();
   a.precision = take_precision(reader);
+  take_reset_states(reader, a);
   stack[0] = stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, 1, needs));
 }
 
 void layer_operands(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
-  const Arguments a = take_arguments(reader);
+  Arguments a = take_arguments(reader);
   const Saved saved({reader.take<Tensor>()}, 1);
   Incoming incoming;
   for (auto* gradient : {&incoming.d_output, &incoming.d_h_n, &incoming.d_c_n, &incoming.d_h_all, &incoming.d_c_all})
@@ -454,11 +564,13 @@ void layer_operands(StableIValue* stack, uint64_t, uint64_t) {
   if (a.input.defined() && a.input.dim() == 2 && !a.batch_sizes)
     fail("input: expected 3 dimensions (T, B, input_size), got shape ", shape_of(a.input));
   auto needs = reader.take<std::vector<bool>>();
-  if (needs.size() != 3) fail("needs: expected one value for input, h0 and c0 each, got ", needs.size());
-  needs.resize(3 + a.weights.size(), false);
+  take_reset_states(reader, a);
+  if (needs.size() != 3 && needs.size() != 5)
+    fail("needs: expected one value for input, h0 and c0 each, and perhaps h_reset and c_reset, got ", needs.size());
+  needs.insert(needs.begin() + 3, a.weights.size(), false);
   std::vector<Tensor> operands;
   auto results = run_backward(a, saved, incoming, bidirectional, batch_major, 1, needs, &operands);
-  results.resize(3);
+  results.erase(results.begin() + 3, results.begin() + 3 + static_cast<int64_t>(a.weights.size()));
   results.insert(results.end(), operands.begin(), operands.end());
   stack[0] = stable::detail::from(results);
 }
@@ -473,6 +585,7 @@ void stack_backward(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t count = reader.take<int64_t>();
   const auto needs = reader.take<std::vector<bool>>();
   a.precision = take_precision(reader);
+  take_reset_states(reader, a);
   weights_per_layer(a, count);  // which checks that count is one
   if (a.input.defined() && a.input.dim() == 2 && !a.batch_sizes)
     fail("input: expected 3 dimensions (T, B, input_size), got shape ", shape_of(a.input));
@@ -486,31 +599,39 @@ void stack_backward(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "layer(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? reset, bool bidirectional, bool batch_major, bool all_states, bool save, int precision=0) "
-      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, Tensor c_all, Tensor tape)");
+      "Tensor? reset, bool bidirectional, bool batch_major, bool all_states, bool save, int precision=0, "
+      "Tensor? h_reset=None, Tensor? c_reset=None) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, Tensor "
+      "c_all, Tensor tape)");
   m.def(
       "stack(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? reset, bool bidirectional, bool batch_major, int num_layers, int saved_from, int precision=0) "
-      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor[] saved)");
+      "Tensor? reset, bool bidirectional, bool batch_major, int num_layers, int saved_from, int precision=0, "
+      "Tensor? h_reset=None, Tensor? c_reset=None) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor[] saved)");
   m.def("pack(str cell, Tensor[] weights, bool bidirectional, int num_layers, int precision=0) -> Tensor");
   m.def(
       "frozen(Tensor packed, Tensor input, Tensor? h0=None, Tensor? c0=None, bool batch_first=False, Tensor? "
-      "batch_sizes=None, Tensor? lengths=None, Tensor? reset=None) -> (Tensor output, Tensor h_n, Tensor c_n)");
+      "batch_sizes=None, Tensor? lengths=None, Tensor? reset=None, Tensor? h_reset=None, Tensor? c_reset=None) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n)");
   m.def(
       "step(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, bool save, int precision=0) "
       "-> (Tensor h, Tensor c, Tensor tape)");
   m.def(
+      "step_(Tensor(a!) h, Tensor(b!)? c, str cell, Tensor input, Tensor[] weights, Tensor? packed, int num_layers, "
+      "Tensor? reset=None, Tensor? h_reset=None, Tensor? c_reset=None, int precision=0) -> ()");
+  m.def(
       "layer_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
-      "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs, int precision=0) -> Tensor[]");
+      "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs, int precision=0, Tensor? h_reset=None, "
+      "Tensor? c_reset=None) -> Tensor[]");
   m.def(
       "layer_operands(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
-      "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs) -> Tensor[]");
+      "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs, Tensor? h_reset=None, "
+      "Tensor? c_reset=None) -> Tensor[]");
   m.def(
       "stack_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor[] saved, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
-      "bool bidirectional, bool batch_major, int num_layers, bool[] needs, int precision=0) -> Tensor[]");
+      "bool bidirectional, bool batch_major, int num_layers, bool[] needs, int precision=0, Tensor? h_reset=None, "
+      "Tensor? c_reset=None) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
@@ -519,6 +640,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("pack", &fastrnn::pack);
   m.impl("frozen", &fastrnn::frozen);
   m.impl("step", &fastrnn::step);
+  m.impl("step_", &fastrnn::step_onto);
   m.impl("layer_backward", &fastrnn::layer_backward);
   m.impl("layer_operands", &fastrnn::layer_operands);
   m.impl("stack_backward", &fastrnn::stack_backward);

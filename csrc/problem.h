@@ -2,7 +2,8 @@
 //
 // T steps, B rows (batch), I input features, H hidden units, P width of the state h (proj_size, or H without a
 // projection), D directions, G gates, N stored rows: the steps that really run, T*B unless rows end early.
-// "storage" is the dtype of the caller's tensors; "compute" is double for double and float for everything else.
+// "storage" is the dtype of the caller's tensors; "compute" is double for double and float for everything else; "state"
+// is one of the two.
 //
 // Ragged rows are ranked longest first, so that the rows active at step t are the ranks below a count that never grows
 // with t. The tape holds stored rows: all steps of rank 0, then of rank 1, ...; padding has none. Rank by rank, because
@@ -48,6 +49,7 @@ struct Weights {
 struct Layer {
   CellKind cell = CellKind::lstm;
   Dtype dtype = Dtype::f32;
+  Dtype state = Dtype::f32;  // of states that come in and go out; compute where a sequence is worked through in pieces
   Precision precision = Precision::exact;
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0;
   int D = 1;
@@ -61,14 +63,17 @@ struct Layer {
   int64_t reset_step = 0, reset_row = 0;
   ConstRows x;               // [T, B, I] storage
   Weights weights[2];        // storage
-  const void* h0 = nullptr;  // [D, B, P] storage; null: zero
-  const void* c0 = nullptr;  // [D, B, H] storage; null: zero
+  const void* h0 = nullptr;  // [D, B, P] state; null: zero
+  const void* c0 = nullptr;  // [D, B, H] state; null: zero
+  // What a state starts from where reset has cut it.
+  const void* h_reset = nullptr;  // [D, B, P] state; null: zero
+  const void* c_reset = nullptr;  // [D, B, H] state; null: zero
 };
 
 struct Forward : Layer {
   Rows y;                 // [T, B, D*P] storage; zero past a row's length
-  void* h_n = nullptr;    // [D, B, P] storage
-  void* c_n = nullptr;    // [D, B, H] storage; LSTM only
+  void* h_n = nullptr;    // [D, B, P] state; may be h0
+  void* c_n = nullptr;    // [D, B, H] state; LSTM only; may be c0
   void* h_all = nullptr;  // [D, T, B, P] storage, or null
   void* c_all = nullptr;  // [D, T, B, H] storage, or null
   void* tape = nullptr;   // [D, N, tape_width] compute, or null: what backward needs (cells.h says what)
@@ -81,14 +86,16 @@ constexpr int64_t padded_to_tape_block(int64_t n) { return (n + tape_block - 1) 
 struct Backward : Layer {
   const void* tape = nullptr;    // [D, N, tape_width] compute
   ConstRows dy;                  // [T, B, D*P] storage; data null: zero
-  const void* dh_n = nullptr;    // [D, B, P] storage; null: zero
-  const void* dc_n = nullptr;    // [D, B, H] storage; null: zero
+  const void* dh_n = nullptr;    // [D, B, P] state; null: zero
+  const void* dc_n = nullptr;    // [D, B, H] state; null: zero
   const void* dh_all = nullptr;  // [D, T, B, P] storage; null: zero
   const void* dc_all = nullptr;  // [D, T, B, H] storage; null: zero
   Rows dx;                       // [T, B, I] storage; data null: not wanted
   bool dx_is_compute = false;    // dx is of the compute dtype: two directions add up in it
-  void* dh0 = nullptr;           // [D, B, P] storage; null: not wanted
-  void* dc0 = nullptr;           // [D, B, H] storage; null: not wanted
+  void* dh0 = nullptr;           // [D, B, P] state; null: not wanted
+  void* dc0 = nullptr;           // [D, B, H] state; null: not wanted
+  void* dh_reset = nullptr;      // [D, B, P] state; null: not wanted
+  void* dc_reset = nullptr;      // [D, B, H] state; null: not wanted
   // Compute dtype, contiguous, torch's gate order; null: not wanted.
   struct {
     void* w_ih = nullptr;  // [G*H, I]

@@ -20,26 +20,27 @@ class _Layers(torch.autograd.Function):
     # never come here. `output` is not saved: callers may change it in place before backward, as torch lets them.
     @staticmethod
     def forward(
-        ctx, cell, num_layers, saved_from, bidirectional, batch_major, all_states, precision, slots, batch_sizes,
-        lengths, reset, *tensors,
+        ctx, cell, num_layers, saved_from, bidirectional, batch_major, all_states, precision, resets, slots,
+        batch_sizes, lengths, reset, *tensors,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         input, h0, c0, *weights = tensors if slots is None else _spread(tensors, slots)
+        weights, starts = (weights[:-2], weights[-2:]) if resets else (weights, ())
         arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major)
         if num_layers == 1:
-            output, h_n, c_n, h_all, c_all, *saved = ops.layer(*arguments, all_states, True, precision)
+            output, h_n, c_n, h_all, c_all, *saved = ops.layer(*arguments, all_states, True, precision, *starts)
         else:
-            output, h_n, c_n, saved = ops.stack(*arguments, num_layers, saved_from, precision)
+            output, h_n, c_n, saved = ops.stack(*arguments, num_layers, saved_from, precision, *starts)
         ctx.save_for_backward(batch_sizes, lengths, reset, *tensors, *saved)
         ctx.set_materialize_grads(False)
-        ctx.arguments = (cell, num_layers, bidirectional, batch_major, all_states, precision, slots)
+        ctx.arguments = (cell, num_layers, bidirectional, batch_major, all_states, precision, resets, slots)
         if cell != "lstm":
             return (output, h_n, h_all) if all_states else (output, h_n)
         return (output, h_n, c_n, h_all, c_all) if all_states else (output, h_n, c_n)
 
     @staticmethod
     def backward(ctx, *grads):
-        cell, num_layers, bidirectional, batch_major, all_states, precision, slots = ctx.arguments
-        needed = list(ctx.needs_input_grad[11:])
+        cell, num_layers, bidirectional, batch_major, all_states, precision, resets, slots = ctx.arguments
+        needed = list(ctx.needs_input_grad[12:])
         batch_sizes, lengths, reset, *rest = ctx.saved_tensors
         tensors, saved = rest[: len(needed)], rest[len(needed) :]
         if slots is None:
@@ -47,6 +48,7 @@ class _Layers(torch.autograd.Function):
         else:
             spread, needs = _spread(tensors, slots), _spread(needed, slots)
         input, h0, c0, *weights = spread
+        weights, starts = (weights[:-2], weights[-2:]) if resets else (weights, ())
         needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
         if cell != "lstm":
             d_output, d_h_n, d_h_all = (*grads, None)[:3]
@@ -58,20 +60,22 @@ class _Layers(torch.autograd.Function):
             arguments = (batch_sizes, lengths, reset, bidirectional, all_states)
             with torch.autocast(input.device.type, enabled=False):
                 incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
-                results = _differentiable(cell, num_layers, spread, arguments, needs, incoming)
+                results = _differentiable(cell, num_layers, spread, arguments, needs, incoming, resets)
         else:
             arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset)
             directions = (bidirectional, batch_major)
             if num_layers == 1:
                 incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
-                results = ops.layer_backward(*arguments, *saved, *incoming, *directions, needs, precision)
+                results = ops.layer_backward(*arguments, *saved, *incoming, *directions, needs, precision, *starts)
             else:
                 incoming = (d_output, d_h_n, d_c_n)
-                results = ops.stack_backward(*arguments, saved, *incoming, *directions, num_layers, needs, precision)
+                results = ops.stack_backward(
+                    *arguments, saved, *incoming, *directions, num_layers, needs, precision, *starts
+                )
             results = [r if n else None for r, n in zip(results, needs)]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
-        return (None,) * 11 + tuple(results)
+        return (None,) * 12 + tuple(results)
 
 
 class _Step(torch.autograd.Function):
@@ -142,12 +146,13 @@ def _unique(tensors):
     return unique, tuple(slots)
 
 
-def _differentiable(cell, num_layers, tensors, arguments, needs, grads):
+def _differentiable(cell, num_layers, tensors, arguments, needs, grads, resets=False):
     """The gradients as a differentiable function of the saved tensors and of the incoming gradients."""
     # A fresh alias for each argument, because an argument may be used twice, or be computed from another one, and its
     # gradient here is that of its own place alone.
     alias = [None if t is None else t.view_as(t) for t in tensors]
-    outputs = reference.layers(cell, num_layers, *alias[:3], alias[3:], *arguments, layer=_layer)
+    weights, starts = (alias[3:-2], alias[-2:]) if resets else (alias[3:], ())
+    outputs = reference.layers(cell, num_layers, *alias[:3], weights, *arguments, *starts, layer=_layer)
     pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and g is not None and o.requires_grad]
     wanted = [a for a, n in zip(alias, needs) if n]
     found = iter(())
@@ -157,8 +162,10 @@ def _differentiable(cell, num_layers, tensors, arguments, needs, grads):
     return [next(found, None) if n else None for n in needs]
 
 
-def _layer(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states):
-    return transforms.layer(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, False, all_states)
+def _layer(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states, *starts):
+    return transforms.layer(
+        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, False, all_states, *starts
+    )
 
 
 def layers(
@@ -175,19 +182,21 @@ def layers(
     batch_major: bool,
     all_states: bool,
     precision: int,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`ops.layer`, or `ops.stack` where there are several, differentiable; all_states for one layer alone.
 
     Returns output, h_n, c_n, h_all, c_all; None for what the cell or call has not.
     """
     lstm = cell == "lstm"
-    arguments = (bidirectional, batch_major, all_states, precision)
-    if not needed(input, h0, c0, weights):
+    starts = () if h_reset is None else (h_reset, c_reset)
+    if not needed(input, h0, c0, weights, *starts):
         given = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major)
         if num_layers > 1:
-            output, h_n, c_n, _ = ops.stack(*given, num_layers, num_layers, precision)
+            output, h_n, c_n, _ = ops.stack(*given, num_layers, num_layers, precision, *starts)
             return output, h_n, c_n if lstm else None, None, None
-        output, h_n, c_n, h_all, c_all, _ = ops.layer(*given, all_states, False, precision)
+        output, h_n, c_n, h_all, c_all, _ = ops.layer(*given, all_states, False, precision, *starts)
         return (
             output,
             h_n,
@@ -195,8 +204,9 @@ def layers(
             h_all if all_states else None,
             c_all if lstm and all_states else None,
         )
-    saved_from = _first_needed(input, h0, c0, weights, num_layers) if num_layers > 1 else 0
-    tensors, slots = (input, h0, c0, *weights), None
+    saved_from = _first_needed((input, h0, c0, *starts), weights, num_layers) if num_layers > 1 else 0
+    arguments = (bidirectional, batch_major, all_states, precision, h_reset is not None)
+    tensors, slots = (input, h0, c0, *weights, *starts), None
     if torch.compiler.is_compiling():  # Dynamo refuses a Function that is given one tensor twice; eager does not mind
         tensors, slots = _unique(tensors)
     found = _Layers.apply(cell, num_layers, saved_from, *arguments, slots, batch_sizes, lengths, reset, *tensors)
@@ -206,9 +216,9 @@ def layers(
     return output, h_n, None, h_all[0] if all_states else None, None
 
 
-def _first_needed(input, h0, c0, weights, num_layers: int) -> int:
+def _first_needed(others, weights, num_layers: int) -> int:
     """The first layer that a gradient is wanted of; those below save nothing for backward."""
-    if any(t is not None and t.requires_grad for t in (input, h0, c0)):
+    if any(t is not None and t.requires_grad for t in others):
         return 0
     per = len(weights) // num_layers
     return next(k for k, w in enumerate(weights) if w.requires_grad) // per
@@ -228,11 +238,13 @@ def step(
     return found if cell == "lstm" else (found, None)
 
 
-def needed(input, h0, c0, weights) -> bool:
+def needed(input, h0, c0, weights, h_reset=None, c_reset=None) -> bool:
     """Whether a call has to be recorded for backward."""
     if not torch.is_grad_enabled():
         return False
     if input.requires_grad or (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad):
+        return True
+    if h_reset is not None and (h_reset.requires_grad or (c_reset is not None and c_reset.requires_grad)):
         return True
     for w in weights:
         if w.requires_grad:

@@ -11,6 +11,7 @@ from fastrnn import autograd, functional, ops
 from fastrnn.frozen import Packing, freezable, kept, usable
 from fastrnn.modules import twin
 from fastrnn.plan import KERNEL, SERVED, TORCH, plan, precision
+from fastrnn.stepping import steppable
 
 TORCH_FORWARD = {base: base.forward for base in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
 
@@ -114,6 +115,7 @@ def _packing(self) -> Packing:
     return Packing(name(self), [getattr(self, n) for n in names], names, False, 1)
 
 
+@steppable(_packing, layered=False)
 @freezable(_packing)
 class RNNCell(nn.RNNCell):
     __doc__ = _doc(nn.RNNCell)
@@ -127,6 +129,7 @@ class RNNCell(nn.RNNCell):
         return twin(self, nn.RNNCell, RNNCell.forward, TORCH_FORWARD[nn.RNNCell])
 
 
+@steppable(_packing, layered=False)
 @freezable(_packing)
 class LSTMCell(nn.LSTMCell):
     __doc__ = _doc(nn.LSTMCell)
@@ -140,6 +143,7 @@ class LSTMCell(nn.LSTMCell):
         return twin(self, nn.LSTMCell, LSTMCell.forward, TORCH_FORWARD[nn.LSTMCell])
 
 
+@steppable(_packing, layered=False)
 @freezable(_packing)
 class GRUCell(nn.GRUCell):
     __doc__ = _doc(nn.GRUCell)

@@ -20,7 +20,7 @@ from fastrnn import ops, reference
 
 
 def double_backward(
-    cell: str, bidirectional: bool, batch_sizes, lengths, reset, incoming, tensors, cotangents
+    cell: str, bidirectional: bool, batch_sizes, lengths, reset, incoming, tensors, cotangents, *starts
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Of one layer.
 
@@ -28,10 +28,12 @@ def double_backward(
         batch_sizes, lengths, reset: as of `ops.layer`.
         incoming: the gradients d_output, d_h_n, d_c_n, d_h_all, d_c_all that back-propagation was given, or None.
         tensors: input, h0, c0 and the weights.
-        cotangents: the gradients of their gradients, in that order, or None.
+        cotangents: the gradients of their gradients, in that order, or None; then those of `starts`.
+        starts: h_reset and c_reset, or nothing.
 
     Returns:
-        The gradients of the five in `incoming`, whether given or not, and of `tensors` (None where that is None).
+        The gradients of the five in `incoming`, whether given or not, and of `tensors` and `starts` (None where that
+        is None).
     """
     dtype = tensors[0].dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -40,7 +42,9 @@ def double_backward(
         return None if t is None else t.detach().to(compute)
 
     x, h0, c0, *weights = map(wide, tensors)
-    vx, vh0, vc0, *vw = map(wide, cotangents)
+    vx, vh0, vc0, *vw = map(wide, cotangents[: len(tensors)])
+    starts = [wide(t) for t in starts]
+    resets = (*starts, *map(wide, cotangents[len(tensors) :])) if starts else (None,) * 4
     u_output, *u_states = map(wide, incoming)
     rows = None
     if batch_sizes is not None:
@@ -63,8 +67,8 @@ def double_backward(
         cut = reset.unsqueeze(2) if valid is None else reset.unsqueeze(2) & valid
 
     given = (cell, x, h0, c0, weights, None, lengths, reset)
-    *_, h_all, c_all, tape = ops.layer(*given, bidirectional, False, True, True)
-    operands = ops.layer_operands(*given, tape, u_output, *u_states, bidirectional, False, [False] * 3)[3:]
+    *_, h_all, c_all, tape = ops.layer(*given, bidirectional, False, True, True, ops.EXACT, *starts)
+    operands = ops.layer_operands(*given, tape, u_output, *u_states, bidirectional, False, [False] * 3, *starts)[3:]
     u_h_n, u_c_n, u_h_all, u_c_all = u_states
 
     D, per = 2 if bidirectional else 1, len(weights) // (2 if bidirectional else 1)
@@ -80,8 +84,9 @@ def double_backward(
             half = u_output[..., d * P : (d + 1) * P]
             u_h = half if u_h is None else u_h + half
         direction = _Direction(
-            cell, weights[d * per : (d + 1) * per], vw[d * per : (d + 1) * per], valid, cut, reverse=d == 1
-        )
+            cell, weights[d * per : (d + 1) * per], vw[d * per : (d + 1) * per], valid, cut, *map(of, resets),
+            reverse=d == 1,
+        )  # fmt: skip
         found.append(
             direction.run(
                 x, vx, of(h0), of(c0), of(vh0), of(vc0), of(c_all), [t[d] for t in operands], u_h, u_c, of(u_h_n),
@@ -99,10 +104,15 @@ def double_backward(
         return None if parts[0] is None else torch.stack(parts)
 
     h_all, c_all, h_n, c_n = (stacked([s[i] for s in states]) for i in range(4))
-    by_h0, by_c0 = (stacked([i[k] for i in inputs]) for k in (1, 2))
+    by_h0, by_c0, *by_starts = (stacked([i[k] for i in inputs]) for k in (1, 2, 3, 4))
     by_incoming = [output, h_n, c_n, h_all, c_all]
     by_tensor = [by_x, by_h0 if h0 is not None else None, by_c0 if c0 is not None else None, *sum(by_weight, [])]
+    by_tensor += by_starts if starts else []
     return tuple([None if t is None else t.to(dtype) for t in ts] for ts in (by_incoming, by_tensor))
+
+
+def _or_zero(t):
+    return 0.0 if t is None else t
 
 
 def _pointwise(cell: str, slots, h, c):
@@ -118,7 +128,10 @@ def _pointwise(cell: str, slots, h, c):
 class _Direction:
     """One direction of a layer. Time runs as the direction does; sequences are (T, B, ...)."""
 
-    def __init__(self, cell, weights, tangents, valid, cut, reverse: bool):
+    def __init__(
+        self, cell, weights, tangents, valid, cut, h_reset, c_reset, v_h_reset, v_c_reset, reverse: bool
+    ):  # fmt: skip
+        self.resets, self.v_resets = (h_reset, c_reset), (v_h_reset, v_c_reset)
         self.cell, self.reverse = cell, reverse
         traits = ops.CELLS[cell]
         self.G, self.S, self.first, self.order = (traits[k] for k in ("gates", "slots", "x_first", "hidden_gate"))
@@ -139,14 +152,15 @@ class _Direction:
         """Rows of torch's gates as rows of the slots that the state feeds."""
         return None if w is None else w.unflatten(0, (self.G, self.H))[self.order].flatten(0, 1)
 
-    def entering(self, states, first):
-        """What enters each step: the state after the step before, `first` where there is none, nothing after a cut."""
+    def entering(self, states, first, reset):
+        """What enters each step: the state after the step before, `first` where there is none, `reset` after a cut."""
         before = states[:-1] if self.valid is None else torch.where(self.valid[:-1], states[:-1], first)
         entered = torch.cat([first.unsqueeze(0), before])
-        return entered if self.cut is None else torch.where(self.cut, 0.0, entered)
+        return entered if self.cut is None else torch.where(self.cut, _or_zero(reset), entered)
 
     def run(self, x, vx, h0, c0, vh0, vc0, c_all, operands, u_h, u_c, u_h_n, u_c_n):
-        """Returns the tangents (h_all, c_all, h_n, c_n), the gradients (x, h0, c0), and those of the weights."""
+        """Returns the tangents (h_all, c_all, h_n, c_n), the gradients (x, h0, c0, h_reset, c_reset), and those of the
+        weights."""
         T, B = x.shape[:2]
         w, v, G, S, H = self.w, self.v, self.G, self.S, self.H
         has_c = self.cell == "lstm"
@@ -154,7 +168,7 @@ class _Direction:
         dgates, h_prev, *projection = map(self.turned, operands)
         P = h_prev.size(2)
         nothing = x.new_zeros(B, H)
-        c_prev = self.entering(c_all, nothing if c0 is None else c0) if has_c else None
+        c_prev = self.entering(c_all, nothing if c0 is None else c0, self.resets[1]) if has_c else None
 
         # The derivatives of h (before a projection) and c by the slots and by the h and c before.
         of_x = linear(x, w["w_ih"], w.get("b_ih")).unflatten(2, (G, H))
@@ -197,10 +211,11 @@ class _Direction:
         c = (nothing if vc0 is None else vc0) if has_c else None
         h_in, c_in, raw, h_out, c_out = ([None] * T for _ in range(5))
         flat = tangents.flatten(2)
+        v_h_reset, v_c_reset = map(_or_zero, self.v_resets)
         for t in range(T):
             if self.cut is not None:
-                h_in[t] = torch.where(self.cut[t], 0.0, h)
-                c_in[t] = torch.where(self.cut[t], 0.0, c) if has_c else None
+                h_in[t] = torch.where(self.cut[t], v_h_reset, h)
+                c_in[t] = torch.where(self.cut[t], v_c_reset, c) if has_c else None
             else:
                 h_in[t], c_in[t] = h, c
             flat[t, :, : G * H].addmm_(h_in[t], self.w_hh.t())
@@ -258,6 +273,7 @@ class _Direction:
         added_raw = dh @ v["w_hr"] if projection and v["w_hr"] is not None else None
         ddh = [None] * T
         carry, carry_c = x.new_zeros(B, P), nothing if has_c else None
+        by_h_reset, by_c_reset = x.new_zeros(B, P), nothing.clone() if has_c else None
         flat = ddgates.flatten(2)
         for t in reversed(range(T)):
             ddh[t] = carry
@@ -269,6 +285,8 @@ class _Direction:
             if has_c:
                 ddgates[t].addcmul_(c_by_slot[t], carry_c.unsqueeze(1))
                 c_new = torch.addcmul(torch.addcmul(source_c[t], h_by_c[t], raw_t), c_by_c[t], carry_c)
+                if self.cut is not None:
+                    by_c_reset += torch.where(self.cut[t], c_new, 0.0)
                 carry_c = self.carried(t, c_new, carry_c)
             if self.valid is not None:
                 ddgates[t].mul_(self.valid[t].unsqueeze(2))
@@ -277,6 +295,8 @@ class _Direction:
                 new += added[t]
             if reads_h:
                 new += torch.addcmul(source_h[t], h_by_h[t], raw_t)
+            if self.cut is not None:
+                by_h_reset += torch.where(self.cut[t], new, 0.0)
             carry = self.carried(t, new, carry)
         ddh = self.inside(torch.stack(ddh))
 
@@ -296,7 +316,8 @@ class _Direction:
             raw = self.inside(torch.stack(raw))
             by_weight["w_hr"] = outer(ddh, h_raw) + outer(dh, raw)
         h_out, c_out, by_x = map(self.turned, (h_out, c_out, by_x))
-        return (h_out, c_out, h, c), (by_x, carry, carry_c), [by_weight[role] for role in w]
+        by_inputs = (by_x, carry, carry_c, by_h_reset, by_c_reset)
+        return (h_out, c_out, h, c), by_inputs, [by_weight[role] for role in w]
 
     def carried(self, t, new, old):
         """What of a gradient goes on from step t to the one before."""

@@ -47,18 +47,18 @@ class Plan:
         return "\n".join(lines)
 
 
-def explain(module: nn.Module, input, hx=None, *, reset=None, lengths=None, all_states=False) -> Plan:
+def explain(module: nn.Module, input, hx=None, *, reset=None, lengths=None, all_states=False, reset_state=None) -> Plan:
     """Which implementation `module(input, hx, ...)` would run on this machine, how, and why. Computes nothing.
 
     Args:
         module: an RNN, LSTM, GRU or cell, of fastrnn or of torch.nn.
-        input, hx, reset, lengths, all_states: as for the module's forward. The answer depends also on what is active
-            now: autocast, function transforms, fastrnn.patch().
+        input, hx, reset, lengths, all_states, reset_state: as for the module's forward. The answer depends also on what
+            is active now: autocast, function transforms, fastrnn.patch().
 
     Raises:
         TypeError: `module` is not one of those.
     """
-    extended = reset is not None or lengths is not None or bool(all_states)
+    extended = reset is not None or lengths is not None or bool(all_states) or reset_state is not None
     if isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)):
         return _explain_sequence(module, input, hx, extended, lengths is not None, bool(all_states))
     if isinstance(module, (nn.RNNCell, nn.LSTMCell, nn.GRUCell)):

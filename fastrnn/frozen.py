@@ -184,9 +184,9 @@ def kept(module: torch.nn.Module, input: Tensor) -> Tensor | None:
     return frozen.packed if frozen is not None and frozen.serves(module) else None
 
 
-def usable(route: Route, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
+def usable(route: Route, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], *starts) -> bool:
     """Whether a call on this route may use kept weights: it is neither cast nor recorded for backward."""
-    return route is SERVED.get(route.work) and not autograd.needed(input, h0, c0, weights)
+    return route is SERVED.get(route.work) and not autograd.needed(input, h0, c0, weights, *starts)
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack

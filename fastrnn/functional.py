@@ -35,16 +35,21 @@ def run(
     reset: Tensor | None = None,
     all_states: bool = False,
     packed: Tensor | None = None,
+    reset_state=None,
 ):
     """A checked call.
 
     input 3-D, or 2-D packed with batch_sizes (then rows of hx, reset and results are in packed order, and batch_first
-    is False); reset (T, B); packed: the weights as `ops.pack` packs them, to be used where a call allows it.
+    is False); reset (T, B); packed: the weights as `ops.pack` packs them, to be used where a call allows it;
+    reset_state as hx.
     Returns (output, h_n, c_n, h_all, c_all), None for what there is not.
     """
     h0, c0 = (hx, None) if cell != "lstm" or hx is None else hx
     extended = reset is not None or lengths is not None or all_states
-    route = plan(cell, input, h0, c0, weights, batch_sizes is None, extended)
+    starts = ()
+    if reset is not None and reset_state is not None:
+        starts = reset_state if cell == "lstm" else (reset_state, None)
+    route = plan(cell, input, h0, c0, [*weights, *starts] if starts else weights, batch_sizes is None, extended)
     if route.path is TORCH:
         return _run_torch(
             cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes
@@ -57,6 +62,7 @@ def run(
         weights = [w.to(work) for w in weights]
         h0 = None if h0 is None else h0.to(work)
         c0 = None if c0 is None else c0.to(work)
+        starts = tuple(None if t is None else t.to(work) for t in starts)
     x = input.transpose(0, 1) if batch_first else input
     if lengths is not None and route.path in (KERNEL, TRANSFORMED) and not lengths.is_cpu and not x.is_meta:
         lengths = lengths.cpu()
@@ -65,33 +71,24 @@ def run(
 
     D = 2 if bidirectional else 1
     at_once = in_one_call(route, num_layers, dropout, training, all_states)
-    if packed is not None and at_once and not all_states and frozen.usable(route, x, h0, c0, weights):
-        output, h_n, c_n = ops.frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset)
+    if packed is not None and at_once and not all_states and frozen.usable(route, x, h0, c0, weights, *starts):
+        output, h_n, c_n = ops.frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset, *starts)
         return output, h_n, c_n if cell == "lstm" else None, None, None
     if at_once:
         output, h_n, c_n, h_all, c_all = autograd.layers(
             cell, num_layers, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states,
-            precision(work),
+            precision(work), *starts,
         )  # fmt: skip
     else:
         per = len(weights) // num_layers
         layers = []
         for k in range(num_layers):
             last = k == num_layers - 1
+            h, c, *from_reset = (None if t is None else t[k * D : (k + 1) * D] for t in (h0, c0, *starts))
             found = one_layer(
-                route,
-                cell,
-                x,
-                None if h0 is None else h0[k * D : (k + 1) * D],
-                None if c0 is None else c0[k * D : (k + 1) * D],
-                weights[k * per : (k + 1) * per],
-                batch_sizes,
-                lengths,
-                reset,
-                bidirectional,
-                batch_first and last,
-                all_states,
-            )
+                route, cell, x, h, c, weights[k * per : (k + 1) * per], batch_sizes, lengths, reset, bidirectional,
+                batch_first and last, all_states, *from_reset,
+            )  # fmt: skip
             layers.append(found)
             x = found[0]
             if dropout and training and not last:
@@ -112,20 +109,22 @@ def in_one_call(route, num_layers, dropout, training, all_states) -> bool:
     return route.path is KERNEL and (num_layers == 1 or not (all_states or (dropout and training)))
 
 
-def one_layer(route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states):
+def one_layer(
+    route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, *starts
+):
     """The results of `ops.layer` on any route but torch's."""
     if route.path is KERNEL:
         return autograd.layers(
             cell, 1, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states,
-            precision(route.work),
+            precision(route.work), *starts,
         )  # fmt: skip
     if route.path is TRANSFORMED:
         return transforms.layer(
-            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states
+            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, *starts
         )
     with _autocast_off(x):
         output, *states = reference.layer(
-            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states
+            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states, *starts
         )
     if batch_major:
         output = output.transpose(0, 1).contiguous().transpose(0, 1)
@@ -191,6 +190,36 @@ def check_reset(reset, T, B, unbatched: bool, batch_first: bool) -> Tensor:
     return reset.unsqueeze(1) if unbatched else reset.transpose(0, 1) if batch_first else reset
 
 
+def check_reset_state(cell, state, like: Tensor, layers, B, H, P, unbatched: bool):
+    """`reset_state` as hx, (layers, B, width). TypeError for what is no tensor or pair of them; ValueError for shape,
+    dtype and device, which are to be those of `like` (the dtype not under autocast)."""
+    if cell == "lstm":
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise TypeError(f"reset_state: expected a pair (h, c), got {type(state).__name__}")
+        parts = (("reset_state[0]", state[0], P), ("reset_state[1]", state[1], H))
+    else:
+        parts = (("reset_state", state, H),)
+    found = []
+    for name, t, width in parts:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if unbatched:
+            if t.shape != (layers, width):
+                raise ValueError(f"{name}: expected shape {(layers, width)}, got {tuple(t.shape)}")
+            t = t.unsqueeze(1)
+        elif t.shape != (layers, B, width) and t.shape != (layers, 1, width):
+            raise ValueError(
+                f"{name}: expected shape {(layers, B, width)}, or {(layers, 1, width)} for the same in every row, "
+                f"got {tuple(t.shape)}"
+            )
+        if t.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device} as input's, got {t.device}")
+        if t.dtype != like.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"{name}: expected dtype {like.dtype} as input's, got {t.dtype}")
+        found.append(t.expand(layers, B, width))
+    return tuple(found) if cell == "lstm" else found[0]
+
+
 def _values_are_known() -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
@@ -212,29 +241,21 @@ def _permute(t: Tensor | None, dim: int, order: Tensor | None) -> Tensor | None:
 
 
 def run_packed(
-    cell: str, sequence, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states, packed=None
-):
+    cell: str, sequence, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states,
+    packed=None, reset_state=None,
+):  # fmt: skip
     """`run` for a PackedSequence whose fields are valid, in the caller's row order throughout."""
     data, batch_sizes, order, back = sequence
-    if hx is not None:
-        hx = (_permute(hx[0], 1, order), _permute(hx[1], 1, order)) if cell == "lstm" else _permute(hx, 1, order)
+
+    def sorted_rows(state):
+        if state is None:
+            return None
+        return tuple(_permute(t, 1, order) for t in state) if cell == "lstm" else _permute(state, 1, order)
+
     output, h_n, c_n, h_all, c_all = run(
-        cell,
-        data,
-        hx,
-        weights,
-        bias,
-        num_layers,
-        dropout,
-        training,
-        bidirectional,
-        False,
-        batch_sizes,
-        None,
-        _permute(reset, 1, order),
-        all_states,
-        packed,
-    )
+        cell, data, sorted_rows(hx), weights, bias, num_layers, dropout, training, bidirectional, False, batch_sizes,
+        None, _permute(reset, 1, order), all_states, packed, sorted_rows(reset_state),
+    )  # fmt: skip
     return (
         PackedSequence(output, batch_sizes, order, back),
         _permute(h_n, 1, back),
@@ -274,6 +295,7 @@ def lstm(
     reset=None,
     lengths=None,
     all_states=False,
+    reset_state=None,
 ):
     """LSTM over a whole sequence: torch.nn.LSTM as a function of its weights. One graph under torch.compile.
 
@@ -294,6 +316,8 @@ def lstm(
         lengths: int32 or int64 (B,), 0-d unbatched, 0 to T, any order, any device: pack_padded_sequence and back,
             without packing. Not with a PackedSequence.
         all_states: also return the states after every step, time-major: (h (L*D, T, B, P), c (L*D, T, B, H)).
+        reset_state: what states start from where `reset` separates steps, instead of zero: (h (L*D, B or 1, P), c (L*D,
+            B or 1, H)), without B if unbatched. Differentiable: it may be learned.
 
     Returns:
         (output, (h_n, c_n)), or (output, (h_n, c_n), (h_all, c_all)) with all_states. output (T, B, D*P) in input's
@@ -304,7 +328,7 @@ def lstm(
     """
     return _checked(
         "lstm", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, reset, lengths,
-        all_states,
+        all_states, reset_state,
     )  # fmt: skip
 
 
@@ -322,16 +346,17 @@ def gru(
     reset=None,
     lengths=None,
     all_states=False,
+    reset_state=None,
 ):
     """GRU over a whole sequence: torch.nn.GRU as a function of its weights (equations there; gate order r, z, n).
 
-    Arguments, layouts and errors as for `lstm`, with hx one tensor (L*D, B, H), weights w_ih (3H, ...), w_hh (3H, H)
-    [, b_ih, b_hh (3H)] and no projection. Returns (output, h_n), or (output, h_n, h_all (L*D, T, B, H)) with
-    all_states.
+    Arguments, layouts and errors as for `lstm`, with hx and reset_state one tensor (L*D, B, H), weights w_ih (3H, ...),
+    w_hh (3H, H) [, b_ih, b_hh (3H)] and no projection. Returns (output, h_n), or (output, h_n, h_all (L*D, T, B, H))
+    with all_states.
     """
     return _checked(
         "gru", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, reset, lengths,
-        all_states,
+        all_states, reset_state,
     )  # fmt: skip
 
 
@@ -350,6 +375,7 @@ def rnn(
     reset=None,
     lengths=None,
     all_states=False,
+    reset_state=None,
 ):
     """Elman RNN over a whole sequence: torch.nn.RNN as a function of its weights (equation there).
 
@@ -359,7 +385,7 @@ def rnn(
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     return _checked(
         f"rnn_{nonlinearity}", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-        reset, lengths, all_states,
+        reset, lengths, all_states, reset_state,
     )  # fmt: skip
 
 
@@ -377,6 +403,7 @@ def _checked(
     reset,
     lengths,
     all_states,
+    reset_state,
 ):
     if all_states is not True and all_states is not False:
         raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
@@ -416,14 +443,17 @@ def _checked(
         lengths = check_lengths(lengths, T, B, unbatched)
     if reset is not None:
         reset = check_reset(reset, T, B, unbatched, batch_first)
+    if reset_state is not None:
+        reset_state = check_reset_state(cell, reset_state, data, num_layers * D, B, H, P, unbatched)
     if packed:
         found = run_packed(
-            cell, input, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states
-        )
+            cell, input, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states, None,
+            reset_state,
+        )  # fmt: skip
     else:
         found = run(
             cell, data, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, None, lengths,
-            reset, all_states,
+            reset, all_states, None, reset_state,
         )  # fmt: skip
     return results(cell, found, unbatched, all_states)
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional
 from fastrnn.frozen import Packing, freezable, kept, thaw
+from fastrnn.stepping import steppable
 
 _CELL = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
@@ -123,6 +124,8 @@ _DOC = """torch.nn's forward, and what it has not.
             packing. Input past a length is never read, output past it is zero. Not with a PackedSequence.
         all_states: also return the state after every step, before dropout, time-major whatever batch_first:
             (L*D, T, B, H_out), for LSTM a pair with c (L*D, T, B, hidden_size).
+        reset_state: what states start from where `reset` separates steps, instead of zero: like hx, or with B = 1 for
+            the same in every row. Differentiable: it may be learned.
 
     Returns:
         (output, h_n), for LSTM (output, (h_n, c_n)); with all_states the states as a third value.
@@ -132,14 +135,15 @@ _DOC = """torch.nn's forward, and what it has not.
     """
 
 
-def _forward(self, input, hx, positional, reset, lengths, all_states):
+def _forward(self, input, hx, positional, reset, lengths, all_states, reset_state):
     if positional and not torch.onnx.is_in_onnx_export():  # torch.onnx's older exporter passes the defaults like that
         raise TypeError(
-            f"reset, lengths, all_states: expected keyword arguments, got {len(positional)} more positional argument(s)"
+            "reset, lengths, all_states, reset_state: expected keyword arguments, got "
+            f"{len(positional)} more positional argument(s)"
         )
     if all_states is not True and all_states is not False:
         raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
-    extended = reset is not None or lengths is not None or all_states
+    extended = reset is not None or lengths is not None or all_states or reset_state is not None
     frozen = self.__dict__.get("_frozen")
     if frozen is not None and not extended and not (self.training and self.dropout):
         lstm = self.mode == "LSTM"
@@ -152,7 +156,9 @@ def _forward(self, input, hx, positional, reset, lengths, all_states):
         found = _torch_forward(self, input, hx)  # raises, as a rule
         if not extended:
             return found
-        raise ValueError("input, hx: expected shapes and dtypes that fit the module, with reset, lengths or all_states")
+        raise ValueError(
+            "input, hx: expected shapes and dtypes that fit the module, with reset, lengths, all_states or reset_state"
+        )
     cell, data, hx, weights, T, B, packed, unbatched, batch_first = call
     if lengths is not None:
         if packed:
@@ -160,16 +166,21 @@ def _forward(self, input, hx, positional, reset, lengths, all_states):
         lengths = functional.check_lengths(lengths, T, B, unbatched)
     if reset is not None:
         reset = functional.check_reset(reset, T, B, unbatched, batch_first)
+    if reset_state is not None:
+        layers, H = self.num_layers * 2 if self.bidirectional else self.num_layers, self.hidden_size
+        reset_state = functional.check_reset_state(
+            cell, reset_state, data, layers, B, H, self.proj_size or H, unbatched
+        )
 
     if packed:
         found = functional.run_packed(
             cell, input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            reset, all_states, kept(self, data),
+            reset, all_states, kept(self, data), reset_state,
         )  # fmt: skip
     else:
         found = functional.run(
             cell, data, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, None, lengths, reset, all_states, kept(self, data),
+            batch_first, None, lengths, reset, all_states, kept(self, data), reset_state,
         )  # fmt: skip
     return functional.results(cell, found, unbatched, all_states)
 
@@ -198,34 +209,37 @@ def _packing(self) -> Packing:
     return Packing(_CELL[self.mode], _weights(self), self._flat_weights_names, self.bidirectional, self.num_layers)
 
 
+@steppable(_packing, layered=True)
 @freezable(_packing)
 class RNN(nn.RNN):
     __doc__ = f"torch.nn.RNN on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.RNN.__doc__}"
 
-    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False):
-        return _forward(self, input, hx, positional, reset, lengths, all_states)
+    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
+        return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.RNN, RNN.forward, TORCH_FORWARD[nn.RNN])
 
 
+@steppable(_packing, layered=True)
 @freezable(_packing)
 class LSTM(nn.LSTM):
     __doc__ = f"torch.nn.LSTM on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.LSTM.__doc__}"
 
-    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False):
-        return _forward(self, input, hx, positional, reset, lengths, all_states)
+    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
+        return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.LSTM, LSTM.forward, TORCH_FORWARD[nn.LSTM])
 
 
+@steppable(_packing, layered=True)
 @freezable(_packing)
 class GRU(nn.GRU):
     __doc__ = f"torch.nn.GRU on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.GRU.__doc__}"
 
-    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False):
-        return _forward(self, input, hx, positional, reset, lengths, all_states)
+    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
+        return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.GRU, GRU.forward, TORCH_FORWARD[nn.GRU])

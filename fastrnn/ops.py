@@ -41,12 +41,15 @@ if _rejected is not None:
         stacklevel=2,
     )
 
+EXACT, BF16 = 0, 2  # csrc/problem.h: Precision
+
 # One entry for each cell, from csrc/cells.h: name, gates, slots, x_first, hidden_gate, tape, has_c.
 CELLS: dict[str, dict] = {cell["name"]: cell for cell in _C.cells()}
 
 _layer = torch.ops.fastrnn.layer.default
 _layer_backward = torch.ops.fastrnn.layer_backward.default
 _step = torch.ops.fastrnn.step.default
+_step_onto = torch.ops.fastrnn.step_.default
 _stack = torch.ops.fastrnn.stack.default
 _stack_backward = torch.ops.fastrnn.stack_backward.default
 _layer_operands = torch.ops.fastrnn.layer_operands.default
@@ -69,6 +72,8 @@ def layer(
     all_states: bool,
     save: bool,
     precision: int = 0,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer, all its directions, the whole sequence. Not differentiable by itself (autograd.py is).
 
@@ -77,7 +82,8 @@ def layer(
     Args:
         cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
         input: (T, B, I) of any strides; or packed (N, I) with `batch_sizes`. float32, float64, bfloat16 or float16.
-        h0, c0: (D, B, P) and (D, B, H, LSTM only); None is zero.
+        h0, c0: (D, B, P) and (D, B, H, LSTM only); None is zero. Of input's dtype; or h0, and with it all other states
+            that come in or go out, float32 for a 16-bit input.
         weights: for each direction w_ih (G*H, I), w_hh (G*H, P), [b_ih, b_hh (G*H)], [w_hr (P, H)].
         batch_sizes: CPU int64 (T,), never growing.  lengths: CPU int64 or int32 (B,), 0 to T.
         reset: bool (T, B); for packed input the rows in packed order.
@@ -85,6 +91,7 @@ def layer(
         save: write the tape that `layer_backward` needs.
         precision: of float32 products, where the instruction set in use is the faster for less: 0 exact, 1 tf32,
             2 bf16. Sums, gates and states are float32.
+        h_reset, c_reset: like h0 and c0: what states start from where `reset` has cut them; None is zero.
 
     Returns:
         output (T, B, D*P) or (N, D*P), h_n (D, B, P), c_n (D, B, H), h_all (D, T, B, P), c_all (D, T, B, H), tape.
@@ -94,20 +101,14 @@ def layer(
         RuntimeError: naming the argument, what was expected, what came.
     """
     return _layer(
-        cell,
-        input,
-        h0,
-        c0,
-        weights,
-        batch_sizes,
-        lengths,
-        reset,
-        bidirectional,
-        batch_major,
-        all_states,
-        save,
-        precision,
-    )
+        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save,
+        precision, *_given(h_reset, c_reset),
+    )  # fmt: skip
+
+
+def _given(h_reset: Tensor | None, c_reset: Tensor | None) -> tuple:
+    """The last arguments of an operator; what is left out costs nothing, each None 0.1 us."""
+    return () if h_reset is None else (h_reset, c_reset)
 
 
 def stack(
@@ -124,11 +125,13 @@ def stack(
     num_layers: int,
     saved_from: int,
     precision: int = 0,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Layers on top of each other, in one call. Small layers run as a wavefront over time, on a thread each.
 
-    Arguments as for `layer`, with h0 (L*D, B, P), c0 (L*D, B, H) and the weights of all layers. saved_from: the first
-    layer that `stack_backward` is to give gradients of; num_layers for none.
+    Arguments as for `layer`, with h0 (L*D, B, P), c0 (L*D, B, H), h_reset and c_reset the same, and the weights of all
+    layers. saved_from: the first layer that `stack_backward` is to give gradients of; num_layers for none.
 
     Returns:
         output (T, B, D*P) or (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H; shape (0,) for a cell without one), and what
@@ -139,20 +142,9 @@ def stack(
         RuntimeError: naming the argument, what was expected, what came.
     """
     return _stack(
-        cell,
-        input,
-        h0,
-        c0,
-        weights,
-        batch_sizes,
-        lengths,
-        reset,
-        bidirectional,
-        batch_major,
-        num_layers,
-        saved_from,
-        precision,
-    )
+        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers, saved_from,
+        precision, *_given(h_reset, c_reset),
+    )  # fmt: skip
 
 
 def pack(cell: str, weights: list[Tensor], bidirectional: bool, num_layers: int, precision: int = 0) -> Tensor:
@@ -179,6 +171,8 @@ def frozen(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`stack` with weights that `pack` has packed, of any number of layers; or, with input (B, I), `step`.
 
@@ -190,12 +184,12 @@ def frozen(
         RuntimeError: naming the argument, what was expected, what came; also when the instruction set in use is not
         the one that the weights were packed for.
     """
-    # What is left out costs nothing, each None 0.1 us.
+    # What is left out costs nothing.
     if batch_sizes is None and lengths is None and reset is None:
         if h0 is None and c0 is None and not batch_first:
             return _frozen(packed, input)
         return _frozen(packed, input, h0, c0, batch_first)
-    return _frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset)
+    return _frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset, *_given(h_reset, c_reset))
 
 
 def step(
@@ -226,6 +220,33 @@ def step(
     return _step(cell, input, h0, c0, weights, save, precision)
 
 
+def step_onto(
+    h: Tensor,
+    c: Tensor | None,
+    cell: str,
+    input: Tensor,
+    weights: list[Tensor],
+    packed: Tensor | None,
+    num_layers: int,
+    reset: Tensor | None,
+    h_reset: Tensor | None,
+    c_reset: Tensor | None,
+    precision: int = 0,
+) -> None:
+    """One step of layers of one direction on top of each other, onto h and c themselves.
+
+    Args:
+        h, c: (L, B, P) and (L, B, H, LSTM only), or of one layer without L: contiguous, of input's dtype.
+        cell, input, precision: as for `step`.
+        weights: of all layers; or none, and `packed`: what `pack` made of them.
+        reset: bool (B,): rows whose state is what h_reset and c_reset (as h and c; None is zero) say, not h and c.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected, what came.
+    """
+    _step_onto(h, c, cell, input, weights, packed, num_layers, reset, h_reset, c_reset, precision)
+
+
 def layer_backward(
     cell: str,
     input: Tensor,
@@ -245,33 +266,21 @@ def layer_backward(
     batch_major: bool,
     needs: list[bool],
     precision: int = 0,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> list[Tensor]:
     """Back-propagation through time of `layer`; with a 2-D input and no batch_sizes, of `step`, whose shapes it takes.
 
-    `needs` says which gradients are wanted, in the order input, h0, c0, *weights; the result has the same order, with
-    a tensor of shape (0,) for what was not wanted. Incoming gradients may be None (zero) and of any strides.
-    `batch_major` gives the gradient of the input the layout that it gives `layer`'s output.
+    `needs` says which gradients are wanted, in the order input, h0, c0, *weights and, where there are reset states,
+    h_reset, c_reset; the result has the same order, with a tensor of shape (0,) for what was not wanted. Where states
+    are float32 and input is not, the gradients of states, incoming ones too, and of weights are float32. Incoming
+    gradients may be None (zero) and of any strides. `batch_major` gives the gradient of the input the layout that it
+    gives `layer`'s output.
     """
     return _layer_backward(
-        cell,
-        input,
-        h0,
-        c0,
-        weights,
-        batch_sizes,
-        lengths,
-        reset,
-        tape,
-        d_output,
-        d_h_n,
-        d_c_n,
-        d_h_all,
-        d_c_all,
-        bidirectional,
-        batch_major,
-        needs,
-        precision,
-    )
+        cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all,
+        bidirectional, batch_major, needs, precision, *_given(h_reset, c_reset),
+    )  # fmt: skip
 
 
 def layer_operands(
@@ -292,13 +301,15 @@ def layer_operands(
     bidirectional: bool,
     batch_major: bool,
     needs: list[bool],
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> list[Tensor]:
     """`layer_backward` without the products of the weights' gradients: what they are products of, for every row.
 
-    needs: of input, h0 and c0. float32 products are exact.
+    needs: of input, h0, c0 and, if wanted, h_reset and c_reset. float32 products are exact.
 
     Returns:
-        The gradients of input, h0 and c0, of shape (0,) where not needed; dgates (D, T, B, S*H), the gradients of the
+        The gradients of those, of shape (0,) where not needed; dgates (D, T, B, S*H), the gradients of the
         pre-activations by slots (CELLS says which gate is where); h_prev (D, T, B, P), the state that entered each
         step; and with a projection dh_out (D, T, B, P), the gradient of its result, and h_raw (D, T, B, H), what it
         projects. For packed input N rows in place of T, B. float64 for float64, else float32; zero past a length. So
@@ -309,7 +320,7 @@ def layer_operands(
     """
     return _layer_operands(
         cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all,
-        bidirectional, batch_major, needs,
+        bidirectional, batch_major, needs, *_given(h_reset, c_reset),
     )  # fmt: skip
 
 
@@ -344,28 +355,15 @@ def stack_backward(
     num_layers: int,
     needs: list[bool],
     precision: int = 0,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> list[Tensor]:
     """Back-propagation through time for the same arguments as `stack` and what it saved. All else as for
     `layer_backward`."""
     return _stack_backward(
-        cell,
-        input,
-        h0,
-        c0,
-        weights,
-        batch_sizes,
-        lengths,
-        reset,
-        saved,
-        d_output,
-        d_h_n,
-        d_c_n,
-        bidirectional,
-        batch_major,
-        num_layers,
-        needs,
-        precision,
-    )
+        cell, input, h0, c0, weights, batch_sizes, lengths, reset, saved, d_output, d_h_n, d_c_n, bidirectional,
+        batch_major, num_layers, needs, precision, *_given(h_reset, c_reset),
+    )  # fmt: skip
 
 
 def _rows(like: Tensor, T, B, columns, batch_major: bool) -> Tensor:
@@ -397,17 +395,19 @@ def _sizes(cell: str, input, weights, D: int, layers: int, batch_sizes, *known) 
 
 @torch.library.register_fake("fastrnn::layer")
 def _(
-    cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save, *_precision
-):
+    cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save,
+    precision=0, h_reset=None, c_reset=None,
+):  # fmt: skip
     D = 2 if bidirectional else 1
     T, B, N, H, P, projection = _sizes(cell, input, weights, D, 1, batch_sizes, h0, c0, reset)
     output = _rows(input, T, B, D * P, batch_major) if batch_sizes is None else input.new_empty(N, D * P)
     none = input.new_empty
     has_c = CELLS[cell]["has_c"]
+    state = input if h0 is None else h0  # of which dtype the states are
     return (
         output,
-        input.new_empty(D, B, P),
-        input.new_empty(D, B, H) if has_c else none(0),
+        state.new_empty(D, B, P),
+        state.new_empty(D, B, H) if has_c else state.new_empty(0),
         input.new_empty(D, T, B, P) if all_states else none(0),
         input.new_empty(D, T, B, H) if all_states and has_c else none(0),
         _tape(cell, input, (D, N), H, P, projection, save),
@@ -416,43 +416,41 @@ def _(
 
 @torch.library.register_fake("fastrnn::stack")
 def _(
-    cell,
-    input,
-    h0,
-    c0,
-    weights,
-    batch_sizes,
-    lengths,
-    reset,
-    bidirectional,
-    batch_major,
-    num_layers,
-    saved_from,
-    *_precision,
-):
+    cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers, saved_from,
+    precision=0, h_reset=None, c_reset=None,
+):  # fmt: skip
     D = 2 if bidirectional else 1
     T, B, N, H, P, projection = _sizes(cell, input, weights, D, num_layers, batch_sizes, h0, c0, reset)
 
     def rows(batch_major):
         return _rows(input, T, B, D * P, batch_major) if batch_sizes is None else input.new_empty(N, D * P)
 
-    c_n = input.new_empty(num_layers * D, B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
+    state = input if h0 is None else h0
+    c_n = state.new_empty(num_layers * D, B, H) if CELLS[cell]["has_c"] else state.new_empty(0)
     saved = [_tape(cell, input, (D, N), H, P, projection, True) for _ in range(saved_from, num_layers)]
     saved += [rows(False) for _ in range(max(saved_from, 1), num_layers)]
-    return rows(batch_major), input.new_empty(num_layers * D, B, P), c_n, saved
+    return rows(batch_major), state.new_empty(num_layers * D, B, P), c_n, saved
 
 
 @torch.library.register_fake("fastrnn::step")
-def _(cell, input, h0, c0, weights, save, *_precision):
+def _(cell, input, h0, c0, weights, save, precision=0):
     B, P, H = input.size(0), weights[1].size(1), weights[1].size(0) // CELLS[cell]["gates"]
     h, c = input.new_empty(B, P), input.new_empty(B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
     return h, c, _tape(cell, input, (1, B), H, P, len(weights) % 2 == 1, save)
 
 
-def _fake_backward(input, batch_major, needs, *others):
-    def gradient(needed, of):
-        return input.new_empty(of.shape if needed else 0)
+@torch.library.register_fake("fastrnn::step_")
+def _(h, c, cell, input, *args, **kwargs):
+    return None
 
+
+def _fake_backward(input, batch_major, needs, h0, c0, weights, h_reset, c_reset):
+    wide = input if h0 is None else h0  # of which dtype the gradients of states and weights are
+
+    def gradient(needed, of):
+        return wide.new_empty(of.shape) if needed else input.new_empty(0)
+
+    others = (h0, c0, *weights, h_reset, c_reset)[: len(needs) - 1]
     if needs[0] and input.dim() == 3:
         d_input = _rows(input, *input.shape, batch_major)
     else:
@@ -461,26 +459,33 @@ def _fake_backward(input, batch_major, needs, *others):
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
-def _(cell, input, h0, c0, weights, *args):
-    batch_major, needs = args[10:12]
-    return _fake_backward(input, batch_major, needs, h0, c0, *weights)
+def _(
+    cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all,
+    bidirectional, batch_major, needs, precision=0, h_reset=None, c_reset=None,
+):  # fmt: skip
+    return _fake_backward(input, batch_major, needs, h0, c0, weights, h_reset, c_reset)
 
 
 @torch.library.register_fake("fastrnn::layer_operands")
-def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, *args):
-    bidirectional, batch_major, needs = args[6:9]
+def _(
+    cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all,
+    bidirectional, batch_major, needs, h_reset=None, c_reset=None,
+):  # fmt: skip
     D = 2 if bidirectional else 1
     T, B, N, H, P, projection = _sizes(cell, input, weights, D, 1, batch_sizes, h0, c0, reset)
     rows = (D, N) if batch_sizes is not None else (D, T, B)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     columns = (CELLS[cell]["slots"] * H, P, *((P, H) if projection else ()))
-    return _fake_backward(input, batch_major, needs, h0, c0) + [input.new_empty(*rows, n, dtype=dtype) for n in columns]
+    gradients = _fake_backward(input, batch_major, needs, h0, c0, [], h_reset, c_reset)
+    return gradients + [input.new_empty(*rows, n, dtype=dtype) for n in columns]
 
 
 @torch.library.register_fake("fastrnn::stack_backward")
-def _(cell, input, h0, c0, weights, *args):
-    batch_major, _num_layers, needs = args[8:11]
-    return _fake_backward(input, batch_major, needs, h0, c0, *weights)
+def _(
+    cell, input, h0, c0, weights, batch_sizes, lengths, reset, saved, d_output, d_h_n, d_c_n, bidirectional,
+    batch_major, num_layers, needs, precision=0, h_reset=None, c_reset=None,
+):  # fmt: skip
+    return _fake_backward(input, batch_major, needs, h0, c0, weights, h_reset, c_reset)
 
 
 def _products(cell: str, input, weights, bidirectional: bool) -> tuple[int, int, int]:
@@ -515,6 +520,11 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
     num_layers = args[1]
     layers = _layers(input, weights, bidirectional, num_layers)
     return sum(sum(_products(cell, x, part, bidirectional)) for x, part in layers)
+
+
+@register_flop_formula(torch.ops.fastrnn.step_)
+def _(h, c, cell, input, weights, packed, num_layers, *args, out_shape=None, **kwargs) -> int:
+    return sum(sum(_products(cell, x, part, False)) for x, part in _layers(input, weights, False, num_layers))
 
 
 @register_flop_formula(torch.ops.fastrnn.step)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fastrnn.ops import _C
+from fastrnn.ops import _C, BF16, EXACT
 
 KERNEL, TRANSFORMED, TORCH, REFERENCE = "fastrnn cpu kernel", "fastrnn cpu kernel, transformed", "torch", "reference"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -99,9 +99,6 @@ def _transform() -> str | None:
         gradients = kinds.count(TransformType.Grad)
         return _RULES if gradients + kinds.count(TransformType.Vmap) == len(kinds) and gradients < 2 else _HIGHER
     return _FORWARD if forward_ad._current_level >= 0 else None
-
-
-EXACT, BF16 = 0, 2  # csrc/problem.h: Precision
 
 
 def precision(work: torch.dtype) -> int:

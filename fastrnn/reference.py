@@ -41,11 +41,12 @@ def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh:
     return (h if w_hr is None else linear(h, w_hr)), c
 
 
-def _direction(cell, x, h, c, weights, valid, cut, reverse: bool):
+def _direction(cell, x, h, c, weights, valid, cut, h_reset, c_reset, reverse: bool):
     """One direction over the whole sequence.
 
     x (T, B, I), already zero past each row's length. valid, cut: None or bool (T, B, 1); where not valid the state
-    stands still, cut[t] separates step t-1 from step t. Returns lists over time of h and of c, and the last h and c.
+    stands still, cut[t] separates step t-1 from step t, which starts from h_reset (B, P) and c_reset (B, H), or 0.0.
+    Returns lists over time of h and of c, and the last h and c.
     """
     bias = len(weights) >= 4
     w_ih, w_hh = weights[:2]
@@ -55,16 +56,16 @@ def _direction(cell, x, h, c, weights, valid, cut, reverse: bool):
     T = x.size(0)
     hs, cs = [None] * T, [None] * T
     for t in range(T - 1, -1, -1) if reverse else range(T):
-        # Where a row has ended, or its state is cut, the step starts from a true zero: a NaN or inf that waits in the
-        # state must not reach the gradients of the weights as 0 * NaN.
-        keep = None if valid is None else valid[t]
+        # Where a row has ended, or its state is cut, the step starts from a true zero or the reset state: a NaN or inf
+        # that waits in the state must not reach the gradients of the weights as 0 * NaN.
+        h_in, c_in = h, c
+        if valid is not None:
+            h_in = torch.where(valid[t], h, 0.0)
+            c_in = c if c is None else torch.where(valid[t], c, 0.0)
         boundary = t + 1 if reverse else t
         if cut is not None and boundary < T:
-            keep = ~cut[boundary] if keep is None else keep & ~cut[boundary]
-        h_in, c_in = h, c
-        if keep is not None:
-            h_in = torch.where(keep, h, 0.0)
-            c_in = c if c is None else torch.where(keep, c, 0.0)
+            h_in = torch.where(cut[boundary], h_reset, h_in)
+            c_in = c if c is None else torch.where(cut[boundary], c_reset, c_in)
         h_new, c_new = _step(cell, projected[t], h_in, c_in, w_hh, b_hh, w_hr)
         if valid is None:
             h, c = h_new, c_new
@@ -89,6 +90,8 @@ def layer(
     reset: Tensor | None,
     bidirectional: bool,
     all_states: bool,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One layer: the arguments and results of `ops.layer`, without a tape, and None for what was not asked for.
 
@@ -123,7 +126,8 @@ def layer(
         c = None
         if cell == "lstm":
             c = x.new_zeros(B, H) if c0 is None else c0[d].to(compute)
-        hs, cs, h, c = _direction(cell, x, h, c, weights[d * per : (d + 1) * per], valid, cut, reverse=d == 1)
+        starts = (0.0 if t is None else t[d].to(compute) for t in (h_reset, c_reset))
+        hs, cs, h, c = _direction(cell, x, h, c, weights[d * per : (d + 1) * per], valid, cut, *starts, reverse=d == 1)
         states = torch.stack(hs)
         outputs.append(states)
         h_n.append(h)
@@ -152,14 +156,17 @@ def unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def layers(
-    cell, num_layers, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states, layer=layer
-):
-    """`num_layers` of `layer` on top of each other: h0 and c0, the weights and the results but output of all layers."""
+    cell, num_layers, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states, h_reset=None,
+    c_reset=None, layer=layer,
+):  # fmt: skip
+    """`num_layers` of `layer` on top of each other: states, weights and results but output of all layers."""
     D, per = 2 if bidirectional else 1, len(weights) // num_layers
     states, output = [], input
     for k in range(num_layers):
-        h, c = (None if t is None else t[k * D : (k + 1) * D] for t in (h0, c0))
+        h, c, *starts = (None if t is None else t[k * D : (k + 1) * D] for t in (h0, c0, h_reset, c_reset))
         part = weights[k * per : (k + 1) * per]
-        output, *found = layer(cell, output, h, c, part, batch_sizes, lengths, reset, bidirectional, all_states)
+        output, *found = layer(
+            cell, output, h, c, part, batch_sizes, lengths, reset, bidirectional, all_states, *starts
+        )
         states.append(found)
     return output, *(None if parts[0] is None else torch.cat(parts) for parts in zip(*states))

@@ -28,29 +28,41 @@ class Options:
     batch_major: bool
     all_states: bool
     save: bool
-    needs: tuple[bool, ...] = ()  # of input, h0, c0 and the weights: which gradients are
+    resets: bool = False  # the last two tensors are h_reset and c_reset
+    needs: tuple[bool, ...] = ()  # of all tensors, input, h0, c0, the weights, ...: which gradients are
+
+    def split(self, tensors) -> tuple[list, list]:
+        """Tensors, or what is said of each, as those before the reset states, and these."""
+        count = len(tensors) - 2 if self.resets else len(tensors)
+        return list(tensors[:count]), list(tensors[count:])
 
 
 def layer(
-    cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, h_reset=None,
+    c_reset=None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`ops.layer`, and None for what the cell or call has not."""
-    options = Options(cell, bidirectional, batch_major, all_states, torch.is_grad_enabled())
-    output, h_n, c_n, h_all, c_all, _tape = _Layer.apply(options, batch_sizes, lengths, reset, input, h0, c0, *weights)
+    options = Options(cell, bidirectional, batch_major, all_states, torch.is_grad_enabled(), h_reset is not None)
+    starts = (h_reset, c_reset) if options.resets else ()
+    output, h_n, c_n, h_all, c_all, _tape = _Layer.apply(
+        options, batch_sizes, lengths, reset, input, h0, c0, *weights, *starts
+    )
     lstm = cell == "lstm"
     return output, h_n, c_n if lstm else None, h_all if all_states else None, c_all if lstm and all_states else None
 
 
 class _Layer(torch.autograd.Function):
-    """(options, batch_sizes, lengths, reset, input, h0, c0, *weights) -> output, h_n, c_n, h_all, c_all, tape."""
+    """(options, batch_sizes, lengths, reset, input, h0, c0, *weights, and where there are some h_reset and c_reset) ->
+    output, h_n, c_n, h_all, c_all, tape."""
 
     @staticmethod
-    def forward(options, batch_sizes, lengths, reset, input, h0, c0, *weights):
+    def forward(options, batch_sizes, lengths, reset, *tensors):
+        (input, h0, c0, *weights), starts = options.split(tensors)
         # A ragged tape is no tensor of samples, nor is the tape of another layout: backward makes it anew.
         save = options.save and batch_sizes is None and lengths is None
         *found, tape = ops.layer(
-            options.cell, input, h0, c0, list(weights), batch_sizes, lengths, reset, options.bidirectional,
-            options.batch_major, options.all_states, save,
+            options.cell, input, h0, c0, weights, batch_sizes, lengths, reset, options.bidirectional,
+            options.batch_major, options.all_states, save, ops.EXACT, *starts,
         )  # fmt: skip
         if save:
             tape = tape.unflatten(1, (input.size(1), input.size(0)))  # (D, B, T, width)
@@ -79,9 +91,11 @@ class _Layer(torch.autograd.Function):
         return (None,) * 4 + tuple(next(found, None) if n else None for n in needs)
 
     @staticmethod
-    def vmap(info, in_dims, options, batch_sizes, lengths, reset, input, h0, c0, *weights):
-        if any(d is not None for d in (in_dims[1], *in_dims[7:])):
-            return _one_by_one(_Layer, info, in_dims, options, batch_sizes, lengths, reset, input, h0, c0, *weights)
+    def vmap(info, in_dims, options, batch_sizes, lengths, reset, *tensors):
+        (input, h0, c0, *weights), starts = options.split(tensors)
+        dims, dims_of_starts = options.split(in_dims[4:])
+        if in_dims[1] is not None or any(d is not None for d in dims[3:]):
+            return _one_by_one(_Layer, info, in_dims, options, batch_sizes, lengths, reset, *tensors)
         fold = _Fold(info.batch_size, batch_sizes is not None)
         sequence, states = fold.sequence, fold.states
         results = _Layer.apply(
@@ -89,25 +103,26 @@ class _Layer(torch.autograd.Function):
             fold.sizes(batch_sizes),
             fold.rows(lengths, in_dims[2], 0),
             fold.rows(reset, in_dims[3], 1),
-            sequence(input, in_dims[4]),
-            states(h0, in_dims[5]),
-            states(c0, in_dims[6]),
+            sequence(input, dims[0]),
+            states(h0, dims[1]),
+            states(c0, dims[2]),
             *weights,
+            *(states(t, d) for t, d in zip(starts, dims_of_starts)),
         )
         return fold.unfold(results, (fold.place, 1, 1, 2, 2, 1))
 
 
 class _Gradients(torch.autograd.Function):
-    """(options, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all, input, h0, c0,
-    *weights) -> the gradients that are needed."""
+    """(options, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all, and the tensors of _Layer)
+    -> the gradients that are needed."""
 
     @staticmethod
     def forward(options, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all, *tensors):
         incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
+        given, starts = _given(options, batch_sizes, lengths, reset, tape, *tensors)
         found = ops.layer_backward(
-            *_given(options, batch_sizes, lengths, reset, tape, *tensors), *incoming, options.bidirectional,
-            options.batch_major, list(options.needs),
-        )  # fmt: skip
+            *given, *incoming, options.bidirectional, options.batch_major, list(options.needs), ops.EXACT, *starts
+        )
         return tuple(g for g, n in zip(found, options.needs) if n)
 
     @staticmethod
@@ -131,22 +146,24 @@ class _Gradients(torch.autograd.Function):
             else:
                 grads = iter(grads)
                 cotangents = [next(grads) if n else None for n in options.needs]
+                tensors, starts = options.split(given[5:])
                 by_incoming, by_tensor = double_backward(
-                    options.cell, options.bidirectional, *ragged, given[:5], given[5:], cotangents
+                    options.cell, options.bidirectional, *ragged, given[:5], tensors, cotangents, *starts
                 )
                 found = [g if n else None for g, n in zip([*by_incoming, *by_tensor], wanted)]
         return (None,) * 5 + tuple(found)
 
     @staticmethod
     def vmap(info, in_dims, options, batch_sizes, lengths, reset, tape, *tensors):
-        incoming, (input, h0, c0, *weights), needs = tensors[:5], tensors[5:], options.needs
+        incoming, ((input, h0, c0, *weights), starts) = tensors[:5], options.split(tensors[5:])
+        needs, needs_of_starts = options.split(options.needs)
+        dims, dims_of_starts = options.split(in_dims[5:])
         # What has to be differentiable goes by the Function that is.
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if in_dims[1] is not None or any(d is not None for d in in_dims[13:]) or (recorded and any(needs[3:])):
+        if in_dims[1] is not None or any(d is not None for d in dims[8:]) or (recorded and any(needs[3:])):
             return _one_by_one(_Gradients, info, in_dims, options, batch_sizes, lengths, reset, tape, *tensors)
         fold = _Fold(info.batch_size, batch_sizes is not None)
         sequence, states, rows = fold.sequence, fold.states, fold.rows
-        dims = in_dims[5:]
         folded = (
             fold.sizes(batch_sizes),
             rows(lengths, in_dims[2], 0),
@@ -161,30 +178,39 @@ class _Gradients(torch.autograd.Function):
             states(h0, dims[6]),
             states(c0, dims[7]),
             *weights,
+            *(states(t, d) for t, d in zip(starts, dims_of_starts)),
         )
         places = [place for place, n in zip((fold.place, 1, 1), needs) if n]
+        after = [1] * sum(needs_of_starts)
         if not any(needs[3:]):
-            return fold.unfold(_Gradients.apply(options, *folded), places)
+            return fold.unfold(_Gradients.apply(options, *folded), places + after)
         found = _Operands.apply(options, *folded)
-        count = len(places)
-        (gradients, dims), x = fold.unfold(found[:count], places), folded[9]
-        for i, gradient in _products(options, needs[3:], info.batch_size, x, found[count:]):
-            gradients += (gradient.to(weights[i].dtype),)
-        return gradients, dims + (0,) * sum(needs[3:])
+        count, end = len(places), len(places) + len(after)
+        gradients, dims = fold.unfold(found[:end], places + after)
+        x = folded[9]
+        of_weights = tuple(
+            gradient.to(weights[i].dtype)
+            for i, gradient in _products(options, needs[3:], info.batch_size, x, found[end:])
+        )
+        return (
+            gradients[:count] + of_weights + gradients[count:],
+            dims[:count] + (0,) * len(of_weights) + dims[count:],
+        )
 
 
 class _Operands(torch.autograd.Function):
-    """The arguments of _Gradients -> the gradients of input, h0 and c0 that are needed, and `ops.layer_operands`'
-    operands of those of the weights. Not differentiable: _Gradients asks for it where nothing records."""
+    """The arguments of _Gradients -> the gradients of input, h0, c0 and reset states that are needed, and
+    `ops.layer_operands`' operands of those of the weights. Not differentiable: _Gradients asks for it where nothing
+    records."""
 
     @staticmethod
     def forward(options, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all, *tensors):
         incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
-        found = ops.layer_operands(
-            *_given(options, batch_sizes, lengths, reset, tape, *tensors), *incoming, options.bidirectional,
-            options.batch_major, list(options.needs[:3]),
-        )  # fmt: skip
-        return (*(g for g, n in zip(found, options.needs[:3]) if n), *found[3:])
+        given, starts = _given(options, batch_sizes, lengths, reset, tape, *tensors)
+        needs, needs_of_starts = options.split(options.needs)
+        needs = [*needs[:3], *needs_of_starts]
+        found = ops.layer_operands(*given, *incoming, options.bidirectional, options.batch_major, needs, *starts)
+        return (*(g for g, n in zip(found, needs) if n), *found[len(needs) :])
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -195,14 +221,17 @@ class _Operands(torch.autograd.Function):
         return _one_by_one(_Operands, info, in_dims, *arguments)
 
 
-def _given(options, batch_sizes, lengths, reset, tape, input, h0, c0, *weights):
-    """What the backward operators begin with; with the tape, which is made anew where there is none."""
-    arguments = (options.cell, input, h0, c0, list(weights), batch_sizes, lengths, reset)
+def _given(options, batch_sizes, lengths, reset, tape, *tensors):
+    """What the backward operators begin with, with the tape, which is made anew where there is none; and the reset
+    states."""
+    (input, h0, c0, *weights), starts = options.split(tensors)
+    arguments = (options.cell, input, h0, c0, weights, batch_sizes, lengths, reset)
     if tape.numel():
         tape = tape.flatten(1, 2)
     else:
-        *_, tape = ops.layer(*arguments, options.bidirectional, options.batch_major, False, True)
-    return *arguments, tape
+        directions = (options.bidirectional, options.batch_major)
+        *_, tape = ops.layer(*arguments, *directions, False, True, ops.EXACT, *starts)
+    return (*arguments, tape), starts
 
 
 def _third(options, ragged, given, wanted, grads):
@@ -231,9 +260,10 @@ def _by_reference(options, batch_sizes, lengths, reset, incoming, tensors):
         values = list(tensors)
         for place, variable in zip(places, variables):
             values[place] = variable
+        (x, h0, c0, *weights), starts = options.split(values)
         found = reference.layer(
-            options.cell, *values[:3], values[3:], batch_sizes, lengths, reset, options.bidirectional,
-            options.all_states,
+            options.cell, x, h0, c0, weights, batch_sizes, lengths, reset, options.bidirectional, options.all_states,
+            *starts,
         )  # fmt: skip
         return tuple(found[i] for i in received)
 

@@ -28,10 +28,10 @@ def step(kind, x, h, c, w_ih, w_hh, b_ih=None, b_hh=None, w_hr=None):
     return (1 - z) * n + z * h, c
 
 
-def run(kind, x, h0, c0, weights, *, layers=1, directions=1, reset=None, lengths=None):
+def run(kind, x, h0, c0, weights, *, layers=1, directions=1, reset=None, lengths=None, starts=None):
     """x (T, B, I), h0 (L*D, B, P), c0 (L*D, B, H) or None, weights[l*D+d] = (w_ih, w_hh, b_ih, b_hh, w_hr) or fewer.
 
-    reset, lengths: (T, B) and (B,) or None.
+    reset, lengths: (T, B) and (B,) or None. starts: h and c after a reset, as h0 and c0, or None for zero.
     Returns output (T, B, D*P), h_n, c_n (c_n None unless LSTM), h_all (L*D, T, B, P), c_all.
     """
     T, B = x.shape[:2]
@@ -53,7 +53,7 @@ def run(kind, x, h0, c0, weights, *, layers=1, directions=1, reset=None, lengths
                     else:
                         cut = reset is not None and t + 1 < n and bool(reset[t + 1, b])
                     if cut:
-                        h, c = torch.zeros_like(h), torch.zeros_like(c)
+                        h, c = [torch.zeros_like(v) for v in (h, c)] if starts is None else [v[k, b] for v in starts]
                     h, c = step(kind, layer_in[t], h, c, *weights[k])
                     hs[t], cs[t] = h, c
                 past = [torch.zeros_like(h)] * (T - n)
@@ -81,17 +81,18 @@ def sigmoid(v):
     return 1 / (1 + np.exp(-v))
 
 
-def exact_direction(kind, xs, h, c, weights, reverse, dys, dcs, dh, dc, cuts):
+def exact_direction(kind, xs, h, c, weights, reverse, dys, dcs, dh, dc, cuts, h_start, c_start):
     """One direction of one layer in long double: states, and gradients of everything, by hand.
 
-    xs, dys, dcs: per step (B, .); cuts: per step (B, 1), true where the state that enters the step starts from zero.
+    xs, dys, dcs: per step (B, .); cuts: per step (B, 1), true where the state that enters the step is h_start, c_start.
     """
+    dh_start, dc_start = np.zeros_like(h_start), np.zeros_like(c_start)
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     bi, bh = (0, 0) if b_ih is None else (b_ih, b_hh)
     order = list(range(len(xs)))[:: -1 if reverse else 1]
     hs, cs, tape = [None] * len(xs), [None] * len(xs), {}
     for t in order:
-        h, c = np.where(cuts[t], 0, h), np.where(cuts[t], 0, c)
+        h, c = np.where(cuts[t], h_start, h), np.where(cuts[t], c_start, c)
         gi, gh = xs[t] @ w_ih.T + bi, h @ w_hh.T + bh
         if kind == "LSTM":
             i, f, g, o = np.split(gi + gh, 4, -1)
@@ -143,11 +144,13 @@ def exact_direction(kind, xs, h, c, weights, reverse, dys, dcs, dh, dc, cuts):
             grads[2] += dgi.sum(0)
             grads[3] += dgh.sum(0)
         dxs[t] = dgi @ w_ih
-        dh, dc = np.where(cuts[t], 0, dgh @ w_hh + direct), np.where(cuts[t], 0, dc)
-    return hs, cs, h_n, c_n, dxs, dh, dc, grads
+        dh = dgh @ w_hh + direct
+        dh_start, dc_start = dh_start + np.where(cuts[t], dh, 0), dc_start + np.where(cuts[t], dc, 0)
+        dh, dc = np.where(cuts[t], 0, dh), np.where(cuts[t], 0, dc)
+    return hs, cs, h_n, c_n, dxs, dh, dc, dh_start, dc_start, grads
 
 
-def exact_block(kind, x, h0, c0, weights, directions, dy, dh_n, dc_n, reset, dh_all, dc_all):
+def exact_block(kind, x, h0, c0, weights, directions, dy, dh_n, dc_n, reset, dh_all, dc_all, h_start, c_start):
     """All layers of rows of one length. Layers run once upwards, to know their inputs, and once downwards."""
     T, P = len(x), h0.shape[2]
     inputs, layers = [x], len(weights) // directions
@@ -159,11 +162,12 @@ def exact_block(kind, x, h0, c0, weights, directions, dy, dh_n, dc_n, reset, dh_
     def direction(k, dys, dcs, dh, dc):
         layer, d = divmod(k, directions)
         cuts = entering[d][:, :, None]
-        return exact_direction(kind, inputs[layer], h0[k], c0[k], weights[k], d, dys, dcs, dh, dc, cuts)
+        start = h_start[k], c_start[k]
+        return exact_direction(kind, inputs[layer], h0[k], c0[k], weights[k], d, dys, dcs, dh, dc, cuts, *start)
 
     n = len(weights)
     nothing = np.zeros_like(h0[0]), np.zeros_like(c0[0])
-    h_all, c_all, h_n, c_n, dh0, dc0, grads = ([None] * n for _ in range(7))
+    h_all, c_all, h_n, c_n, dh0, dc0, dh_start, dc_start, grads = ([None] * n for _ in range(9))
     for layer in range(layers):
         for k in range(layer * directions, (layer + 1) * directions):
             h_all[k], c_all[k], h_n[k], c_n[k], *_ = direction(k, zeros, zeros, *nothing)
@@ -173,17 +177,21 @@ def exact_block(kind, x, h0, c0, weights, directions, dy, dh_n, dc_n, reset, dh_
         for d in range(directions):
             k = layer * directions + d
             dys = dy[:, :, d * P : (d + 1) * P] + dh_all[k]
-            *_, dxs, dh0[k], dc0[k], grads[k] = direction(k, dys, dc_all[k], dh_n[k], dc_n[k])
+            *_, dxs, dh0[k], dc0[k], dh_start[k], dc_start[k], grads[k] = direction(k, dys, dc_all[k], dh_n[k], dc_n[k])
             below = below + np.stack(dxs)
         dy = below
     states = [np.stack([np.stack(v) for v in s]) for s in (h_all, c_all)]
-    return inputs[-1], np.stack(h_n), np.stack(c_n), *states, dy, np.stack(dh0), np.stack(dc0), grads
+    of_states = (np.stack(v) for v in (dh0, dc0, dh_start, dc_start))
+    return inputs[-1], np.stack(h_n), np.stack(c_n), *states, dy, *of_states, grads
 
 
-def exact(kind, x, h0, c0, weights, directions, dy, dh_n, dc_n, *, lengths=None, reset=None, dh_all=None, dc_all=None):
+def exact(
+    kind, x, h0, c0, weights, directions, dy, dh_n, dc_n, *, lengths=None, reset=None, dh_all=None, dc_all=None,
+    starts=None,
+):  # fmt: skip
     """`run` and its gradients in long double; numpy arrays shaped as there, d*: the incoming gradients.
 
-    Returns output, h_n, c_n, h_all, c_all, dx, dh0, dc0 and the list of gradients of weights.
+    Returns output, h_n, c_n, h_all, c_all, dx, dh0, dc0, those of starts, and the list of gradients of weights.
     """
     x, h0, c0, dy, dh_n, dc_n = (v.astype(np.longdouble) for v in (x, h0, c0, dy, dh_n, dc_n))
     weights = [[None if w is None else w.astype(np.longdouble) for w in ws] for ws in weights]
@@ -193,6 +201,8 @@ def exact(kind, x, h0, c0, weights, directions, dy, dh_n, dc_n, *, lengths=None,
     h_all, c_all = np.zeros((K, T, B, P), np.longdouble), np.zeros((K, T, B, H), np.longdouble)
     dh_all = np.zeros_like(h_all) if dh_all is None else dh_all.astype(np.longdouble)
     dc_all = np.zeros_like(c_all) if dc_all is None else dc_all.astype(np.longdouble)
+    h_start, c_start = (np.zeros_like(v) if starts is None else starts[i] + 0 * v for i, v in enumerate((h0, c0)))
+    dh_start, dc_start = np.zeros_like(h_start), np.zeros_like(c_start)
     grads = [[None if w is None else np.zeros_like(w) for w in ws] for ws in weights]
     blocks = [(slice(None), T)] if lengths is None else [(slice(b, b + 1), int(lengths[b])) for b in range(B)]
     for rows, n in blocks:
@@ -202,11 +212,12 @@ def exact(kind, x, h0, c0, weights, directions, dy, dh_n, dc_n, *, lengths=None,
             kind, x[:n, rows], h0[:, rows], c0[:, rows], weights, directions,
             dy[:n, rows], dh_n[:, rows], dc_n[:, rows],
             None if reset is None else reset[:n, rows], dh_all[:, :n, rows], dc_all[:, :n, rows],
+            h_start[:, rows], c_start[:, rows],
         )  # fmt: skip
         output[:n, rows], h_n[:, rows], c_n[:, rows], h_all[:, :n, rows], c_all[:, :n, rows] = values[:5]
-        dx[:n, rows], dh0[:, rows], dc0[:, rows] = values[5:8]
-        grads = [[None if a is None else a + b for a, b in zip(g, v)] for g, v in zip(grads, values[8])]
-    return output, h_n, c_n, h_all, c_all, dx, dh0, dc0, grads
+        dx[:n, rows], dh0[:, rows], dc0[:, rows], dh_start[:, rows], dc_start[:, rows] = values[5:10]
+        grads = [[None if a is None else a + b for a, b in zip(g, v)] for g, v in zip(grads, values[10])]
+    return output, h_n, c_n, h_all, c_all, dx, dh0, dc0, dh_start, dc_start, grads
 
 
 def weights_of(module, convert=lambda p: p):

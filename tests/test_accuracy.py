@@ -113,7 +113,7 @@ def exact(module, c, data):
     if c["only_output"]:
         dh, dc = dh * 0, dc * 0
     weights = oracle.weights_of(module, lambda p: p.detach().numpy())
-    output, h_n, c_n, _, _, dx, dh0, dc0, grads = oracle.exact(
+    output, h_n, c_n, _, _, dx, dh0, dc0, _, _, grads = oracle.exact(
         c["kind"], x, h0, c0, weights, c["directions"], dy, dh, dc, lengths=lengths if c["packed"] else None
     )
     if c["packed"]:

@@ -199,10 +199,13 @@ def test_operands_are_what_gradients_are_products_of(cell, option, dtype, isa):
 def test_operands_name_what_is_wrong():
     b = backward_arguments(arguments("gru"))
     for change, message in [
-        (dict(needs=[True]), "needs: expected one value for input, h0 and c0 each, got 1"),
+        (dict(needs=[True]), "needs: expected one value for input, h0 and c0 each, and perhaps h_reset and .*, got 1"),
         (dict(input=b["input"][0]), r"input: expected 3 dimensions \(T, B, input_size\), got shape \(3, 2\)"),
         (dict(tape=b["tape"][:, 1:]), r"tape: expected shape \(D, N, tape width\)"),
-        (dict(needs=[True, True, True]), "c0, d_c_n, d_c_all, needs\\[2\\]: expected None, None, None, False for cell"),
+        (
+            dict(needs=[True, True, True]),
+            "c0, c_reset, d_c_n, d_c_all and their needs: expected None and False for cell",
+        ),
     ]:
         with pytest.raises(RuntimeError, match=message):
             OPERANDS(*(b | dict(needs=b["needs"][:3]) | change).values())

@@ -1,4 +1,5 @@
-"""reset, lengths and all_states against a per-row, per-step loop over the plain equations: values and gradients.
+"""reset, reset_state, lengths and all_states against a per-row, per-step loop over the plain equations: values and
+gradients.
 
 Every combination of lengths, packing, resets, states, directions, layers, projection, layout and dtype, on small odd
 sizes; rows past a length hold NaN on the way in. err_torch is the error of the same loop of torch operations in the
@@ -32,6 +33,7 @@ def configuration(cell, dtype, rows, reset, all_states, directions, layers, layo
         hx=r.random() < 0.6, H=H, I=r.randint(3, 6), T=r.randint(3, 6),
         B=1 if layout == "unbatched" else r.randint(2, 4),
         isa=r.choice(ISAS), seed=r.randint(0, 1 << 30),
+        start=r.choice([None, "every row's", "one for all"]) if reset else None,
     )  # fmt: skip
 
 
@@ -59,6 +61,8 @@ def draw(c):
     data = {"x": normal(T, B, c["I"]), "h0": normal(K, B, P), "c0": normal(K, B, c["H"])}
     incoming = {"output": normal(T, B, c["D"] * P), "h_n": normal(K, B, P), "c_n": normal(K, B, c["H"])}
     incoming |= {"h_all": normal(K, T, B, P), "c_all": normal(K, T, B, c["H"])}
+    rows = 1 if c["start"] == "one for all" else B
+    data |= {"h_start": normal(K, rows, P), "c_start": normal(K, rows, c["H"])}
     if not c["hx"]:
         data["h0"], data["c0"] = data["h0"] * 0, data["c0"] * 0
     least = 1 if c["rows"] == "packed" else 0
@@ -79,7 +83,7 @@ def gradients(values, incoming, leaves, names):
 
 def run_ours(module, c, data, incoming, lengths, reset):
     _C.set_isa(c["isa"])
-    x, h0, c0 = (data[k].clone().requires_grad_() for k in ("x", "h0", "c0"))
+    x, h0, c0, *starts = (data[k].clone().requires_grad_() for k in ("x", "h0", "c0", "h_start", "c_start"))
     inside = torch.ones(c["T"], c["B"], dtype=torch.bool)
     if lengths is not None:
         inside = torch.arange(c["T"])[:, None] < lengths
@@ -101,6 +105,9 @@ def run_ours(module, c, data, incoming, lengths, reset):
         options["lengths"] = lengths.to(dtype)[0] if bare else lengths.to(dtype)
     if reset is not None:
         options["reset"] = reset[:, 0] if bare else reset.t() if first and c["rows"] != "packed" else reset
+    if c["start"]:
+        shaped = [v[:, 0] for v in starts] if bare else starts
+        options["reset_state"] = tuple(shaped) if c["kind"] == "LSTM" else shaped[0]
     if c["all_states"]:
         options["all_states"] = True
     output, hidden, *states = module(shown, hidden if c["hx"] else None, **options)
@@ -123,29 +130,37 @@ def run_ours(module, c, data, incoming, lengths, reset):
         if name in ("output", "h_all", "c_all"):
             rows = v if name == "output" else v.movedim((1, 2), (0, 1))
             assert bool((rows[~inside] == 0).all()), f"{name} is not zero past the length: {describe(c)}"
-    names = ["dx", "dh0", "dc0"] + ["d " + n for n, _ in module.named_parameters()]
-    result = gradients(values, incoming, [x, h0, c0, *module.parameters()], names)
+    names = ["dx", "dh0", "dc0", "dh_start", "dc_start"] + ["d " + n for n, _ in module.named_parameters()]
+    result = gradients(values, incoming, [x, h0, c0, *starts, *module.parameters()], names)
     assert bool((result["dx"][~inside] == 0).all()), f"dx is not exactly zero past the length: {describe(c)}"
     return result
 
 
 def run_oracle(module, c, data, incoming, lengths, reset, compute):
-    x, h0, c0 = (data[k].to(compute).clone().requires_grad_() for k in ("x", "h0", "c0"))
+    given = ("x", "h0", "c0", "h_start", "c_start")
+    x, h0, c0, *starts = (data[k].to(compute).clone().requires_grad_() for k in given)
+    every = [v.expand(-1, c["B"], -1) for v in starts] if c["start"] else None
     weights = oracle.weights_of(module, lambda p: p.detach().to(compute).requires_grad_())
-    values = oracle.run(c["kind"], x, h0, c0, weights, layers=c["L"], directions=c["D"], reset=reset, lengths=lengths)
+    values = oracle.run(
+        c["kind"], x, h0, c0, weights, layers=c["L"], directions=c["D"], reset=reset, lengths=lengths, starts=every
+    )
     values = dict(zip(["output", "h_n", "c_n", "h_all", "c_all"], values))
     if not c["all_states"]:
         values["h_all"] = values["c_all"] = None
     leaves = [w for ws in weights for w in ws if w is not None]
-    names = ["dx", "dh0", "dc0"] + ["d " + n for n, _ in module.named_parameters()]
-    result = gradients(values, incoming, [x, h0, c0, *leaves], names)
-    for name, leaf in zip(names, [x, h0, c0, *leaves]):
+    names = ["dx", "dh0", "dc0", "dh_start", "dc_start"] + ["d " + n for n, _ in module.named_parameters()]
+    result = gradients(values, incoming, [x, h0, c0, *starts, *leaves], names)
+    for name, leaf in zip(names, [x, h0, c0, *starts, *leaves]):
         if result[name] is None:  # autograd saw no path: every step was reset, or every row is empty
             result[name] = torch.zeros_like(leaf)
     if not c["hx"]:
         result["dh0"] = None
     if not c["hx"] or c["kind"] != "LSTM":
         result["dc0"] = None
+    if not c["start"]:
+        result["dh_start"] = None
+    if not c["start"] or c["kind"] != "LSTM":
+        result["dc_start"] = None
     return result
 
 
@@ -155,17 +170,25 @@ def run_exact(module, c, data, incoming, lengths, reset):
     values = oracle.exact(
         c["kind"], d["x"], d["h0"], d["c0"], weights, c["D"], d["doutput"], d["dh_n"], d["dc_n"],
         lengths=lengths, reset=None if reset is None else reset.numpy(),
+        starts=(d["h_start"], d["c_start"]) if c["start"] else None,
         **(dict(dh_all=d["dh_all"], dc_all=d["dc_all"]) if c["all_states"] else {}),
     )  # fmt: skip
     lstm = c["kind"] == "LSTM"
-    result = dict(zip(["output", "h_n", "c_n", "h_all", "c_all", "dx", "dh0", "dc0"], values))
+    names = ["output", "h_n", "c_n", "h_all", "c_all", "dx", "dh0", "dc0", "dh_start", "dc_start"]
+    result = dict(zip(names, values))
     gone = ([] if lstm else ["c_n", "c_all"]) + ([] if c["all_states"] else ["h_all", "c_all"])
     result = {k: v for k, v in result.items() if k not in gone}
     if not c["hx"] or not lstm:
         result["dc0"] = None
     if not c["hx"]:
         result["dh0"] = None
-    grads = [g for ws in values[8] for g in ws if g is not None]
+    if c["start"] == "one for all":
+        result |= {k: result[k].sum(1, keepdims=True) for k in ("dh_start", "dc_start")}
+    if not c["start"]:
+        result["dh_start"] = None
+    if not c["start"] or not lstm:
+        result["dc_start"] = None
+    grads = [g for ws in values[10] for g in ws if g is not None]
     return result | {"d " + n: g for (n, _), g in zip(module.named_parameters(), grads, strict=True)}
 
 

@@ -1,7 +1,8 @@
 """torch.func's transforms (vmap, grad, jvp and what is made of them) against loops of single calls, in float64.
 
-Random configurations of layers, directions, layouts, PackedSequence, lengths, reset, states and all_states; what is
-mapped, and along which dimension, is random as well. torch.nn's own RNNs refuse most of it: one test says which.
+Random configurations of layers, directions, layouts, PackedSequence, lengths, reset, reset_state, states and
+all_states; what is mapped, and along which dimension, is random as well. torch.nn's own RNNs refuse most of it: one
+test says which.
 """
 
 import random
@@ -20,7 +21,7 @@ import fastrnn
 
 CELLS = ["RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LSTM projected"]
 N = 3  # samples
-SEEDS = {"x": 1, "h0": 2, "c0": 3}
+SEEDS = {"x": 1, "h0": 2, "c0": 3, "h_start": 4, "c_start": 5}
 
 
 class Case:
@@ -60,6 +61,11 @@ class Case:
         if r.random() < 0.5:
             shape = (B, T) if self.first else (T, B)
             self.ragged["reset"] = lambda: torch.rand(shape) < 0.4
+            if r.random() < 0.6:
+                rows = r.choice([1, B])
+                self.shapes["h_start"] = (L * D, rows, extra.get("proj_size", H))
+                if self.lstm:
+                    self.shapes["c_start"] = (L * D, rows, H)
         _C.set_isa(r.choice(ISAS))
 
     def draw(self, name, sample=0):
@@ -80,8 +86,10 @@ class Case:
     def arguments(self):
         return {name: self.draw(name) for name in (*self.shapes, *self.ragged)}
 
-    def call(self, weights, x, h0=None, c0=None, **ragged):
+    def call(self, weights, x, h0=None, c0=None, h_start=None, c_start=None, **ragged):
         hx = None if h0 is None else (h0, c0) if self.lstm else h0
+        if h_start is not None:
+            ragged["reset_state"] = (h_start, c_start) if self.lstm else h_start
         if self.rows == "packed":
             x = PackedSequence(x, self.sizes)
         found = functional_call(self.module, weights, (x, hx), {**ragged, **self.options})

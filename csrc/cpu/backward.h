@@ -21,7 +21,7 @@ struct BackwardPass {
   static constexpr int64_t few_rows = 4;
 
   const Backward& p;
-  const Storage<V> storage{p.dtype};
+  const Storage<V> storage{p.dtype}, state_storage{p.state};
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, out_blocks = ceil_div(p.P, W), Pp = out_blocks * W;
   const int64_t in_blocks = ceil_div(p.I, W), N = stored_rows(p), tape_h = padded_to_tape_block(p.H);
   // Of gates that are multiplied unit by unit: the words of a block, and of a gate.
@@ -55,12 +55,16 @@ struct BackwardPass {
 
   // Of one slice in one direction, shared by its parts.
   struct State {
-    T* dh;      // [rows][Pp] with a projection: gradient of the projected state
-    T* bypass;  // [rows][Hp] what went past the recurrent product
-    T* dc;      // [rows][Hp]
-    T* dh_n;    // [rows][Pp]
-    T* h0;      // [rows][Pp]
-    T* c0;      // [rows][Hp]
+    T* dh;        // [rows][Pp] with a projection: gradient of the projected state
+    T* bypass;    // [rows][Hp] what went past the recurrent product
+    T* dc;        // [rows][Hp]
+    T* dh_n;      // [rows][Pp]
+    T* h0;        // [rows][Pp]
+    T* c0;        // [rows][Hp]
+    T* h_reset;   // [rows][Pp] what h starts from after a cut; null: zero
+    T* c_reset;   // [rows][Hp]
+    T* dh_reset;  // [rows][Pp] sums over the cuts; null: not wanted
+    T* dc_reset;  // [rows][Hp]
   };
 
   // A row at the step being worked on.
@@ -117,9 +121,7 @@ struct BackwardPass {
       reduce(0, 0, k);
     }
   }
-  void finish() {
-    if (p.dh0) carry_to_h0(workers[0], 0);
-  }
+  void finish() { finish_states(workers[0], 0); }
   static void* operator new(size_t, void* at) { return at; }
 
  private:
@@ -187,6 +189,11 @@ struct BackwardPass {
       s.dh_n = carve.take<T>(longest * Pp);
       s.h0 = carve.take<T>(longest * Pp);
       s.c0 = carve.take<T>(Cell::has_c ? longest * Hp : 0);
+      const auto piece = [&](bool wanted, int64_t width) { return wanted ? carve.take<T>(longest * width) : nullptr; };
+      s.h_reset = piece(p.h_reset, Pp);
+      s.c_reset = piece(p.c_reset, Hp);
+      s.dh_reset = piece(p.dh_reset, Pp);
+      s.dc_reset = piece(p.dc_reset, Hp);
       if (memory) states[i] = s;
     }
     workers = carve.take<Worker>(split.workers);
@@ -241,8 +248,7 @@ struct BackwardPass {
         meet.everyone(begin, end);
         for (int64_t w = begin; w < end; ++w) reduce(w, round, k);
       }
-      if (p.dh0)
-        for (int64_t w = begin; w < recurrent; ++w) carry_to_h0(workers[w], direction(w, round));
+      for (int64_t w = begin; w < recurrent; ++w) finish_states(workers[w], direction(w, round));
     }
   }
 
@@ -253,7 +259,20 @@ struct BackwardPass {
       if (projected) through_projection(w, d, k, step(d, k, i));
     }
   }
-  void carry_to_h0(Worker& w, int d) { carry(w, d, chunks, d ? p.T : -1); }
+
+  // What comes after the last step: the gradients of the states that the sequence began with, and began again with.
+  void finish_states(Worker& w, int d) {
+    if (p.dh0 || p.dh_reset) carry(w, d, chunks, d ? p.T : -1);
+    const auto put_sums = [&](const T* sums, void* to, int64_t width, int64_t padded, int64_t first, int64_t last) {
+      const int64_t n = smaller(last * W, width) - first * W;
+      for (int64_t i = 0; sums && n > 0 && i < w.slice.count; ++i)
+        state_storage.narrow(
+            sums + i * padded + first * W,
+            bytes(to) + ((d * p.B + row_of(p, w.slice.rank(i))) * width + first * W) * state_storage.size, n);
+    };
+    put_sums(w.states[d].dh_reset, p.dh_reset, p.P, Pp, w.first_out, w.last_out);
+    put_sums(w.states[d].dc_reset, p.dc_reset, p.H, Hp, w.first, w.last);
+  }
 
   // One chunk, where the parts of a slice meet after each step. All threads count the same steps, also for a direction
   // whose chunk has fewer.
@@ -305,15 +324,25 @@ struct BackwardPass {
   void load_states(const Worker& w, int d, int64_t i) {
     const State& s = w.states[d];
     const int64_t b = row_of(p, w.slice.rank(i));
-    load_row<Singles<V>>(p, storage, p.dh_n, d, b, p.P, Pp, s.dh_n + i * Pp);
-    load_row<Singles<V>>(p, storage, p.h0, d, b, p.P, Pp, s.h0 + i * Pp);
+    const auto load = [&](const void* from, int64_t width, int64_t padded, T* to) {
+      load_row<Singles<V>>(p, state_storage, from, d, b, width, padded, to + i * padded);
+    };
+    load(p.dh_n, p.P, Pp, s.dh_n);
+    load(p.h0, p.P, Pp, s.h0);
+    if (p.h_reset) load(p.h_reset, p.P, Pp, s.h_reset);
+    if (p.dh_reset) zero(s.dh_reset + i * Pp, Pp);
     if (Cell::has_c) {
-      load_row<Singles<V>>(p, storage, p.dc_n, d, b, p.H, Hp, s.dc + i * Hp);
-      load_row<Singles<V>>(p, storage, p.c0, d, b, p.H, Hp, s.c0 + i * Hp);
+      load(p.dc_n, p.H, Hp, s.dc);
+      load(p.c0, p.H, Hp, s.c0);
+      if (p.c_reset) load(p.c_reset, p.H, Hp, s.c_reset);
+      if (p.dc_reset) zero(s.dc_reset + i * Hp, Hp);
     }
     if (length_of(p, b)) return;  // no step will write their gradients
-    if (p.dh0) storage.narrow(s.dh_n + i * Pp, bytes(p.dh0) + (d * p.B + b) * p.P * storage.size, p.P);
-    if (Cell::has_c && p.dc0) storage.narrow(s.dc + i * Hp, bytes(p.dc0) + (d * p.B + b) * p.H * storage.size, p.H);
+    const auto put = [&](const T* from, void* to, int64_t width) {
+      if (to) state_storage.narrow(from, bytes(to) + (d * p.B + b) * width * state_storage.size, width);
+    };
+    put(s.dh_n + i * Pp, p.dh0, p.P);
+    if (Cell::has_c) put(s.dc + i * Hp, p.dc0, p.H);
   }
 
   // ------------------------------------------------------------------------------------------------------- one step
@@ -365,19 +394,25 @@ struct BackwardPass {
             const int64_t unit = (block + v) * W;
             V dh = sum[r][v];
             if (Cell::bypass) dh = dh + V::load(s.state.bypass + (i + r) * Hp + unit);
-            if (w.rows[i + r].was_cut) dh = V::set(0);
+            if (w.rows[i + r].was_cut) {
+              if (s.state.dh_reset) add_to(s.state.dh_reset + (i + r) * Pp + unit, dh);
+              dh = V::set(0);
+            }
             if (i + r < s.now)
               receive(w, s, i + r, block + v, dh);
             else if (p.dh0)
-              Storage<V>::store(storage, dh,
-                                bytes(p.dh0) + ((d * p.B + row_of(p, w.slice.rank(i + r))) * p.P + unit) * storage.size,
-                                p.P - unit);
+              put_first(dh, p.dh0, (d * p.B + row_of(p, w.slice.rank(i + r))) * p.P + unit, p.P - unit);
           }
       });
       for (int64_t i = carried; i < s.now; ++i)  // rows whose last step this is
         for (int v = 0; v < U; ++v) receive(w, s, i, block + v, V::load(s.state.dh_n + i * Pp + (block + v) * W));
     });
   }
+
+  FASTRNN_MEMBER void put_first(V x, void* to, int64_t at, int64_t n) const {
+    Storage<V>::store(state_storage, x, bytes(to) + at * state_storage.size, n);
+  }
+  FASTRNN_INLINE void add_to(T* sums, V x) { (V::load(sums) + x).store(sums); }
 
   // dgates times the group of weights at `block`; null: times the source, as it lies.
   template <int M, int U>
@@ -408,8 +443,10 @@ struct BackwardPass {
       row.last = d ? t + 1 == length_of(p, b) : t == 0;
       row.tape = tape_at(d, t, rank);
       row.before = row.cut || row.last ? nullptr : tape_at(d, d ? t + 1 : t - 1, rank);
-      row.h_first = row.cut ? none : s.state.h0 + i * Pp;
-      row.c_first = row.cut || !Cell::has_c ? none : s.state.c0 + i * Hp;
+      const T *h_cut = s.state.h_reset ? s.state.h_reset + i * Pp : none,
+              *c_cut = s.state.c_reset ? s.state.c_reset + i * Hp : none;
+      row.h_first = row.cut ? h_cut : s.state.h0 + i * Pp;
+      row.c_first = row.cut || !Cell::has_c ? c_cut : s.state.c0 + i * Hp;
       row.dy = p.dy.data ? bytes(p.dy.data) + (row_offset(p, p.dy, t, b) + d * p.P) * storage.size : nullptr;
     }
   }
@@ -493,11 +530,11 @@ struct BackwardPass {
     }
     if (Cell::bypass) dh.store(s.state.bypass + i * Hp + unit);
     if (!Cell::has_c) return;
-    if (row.cut) dc = V::set(0);
-    if (row.last && p.dc0)
-      Storage<V>::store(storage, dc,
-                        bytes(p.dc0) + ((s.d * p.B + row_of(p, w.slice.rank(i))) * p.H + unit) * storage.size,
-                        p.H - unit);
+    if (row.cut) {
+      if (s.state.dc_reset) add_to(s.state.dc_reset + i * Hp + unit, dc);
+      dc = V::set(0);
+    }
+    if (row.last && p.dc0) put_first(dc, p.dc0, (s.d * p.B + row_of(p, w.slice.rank(i))) * p.H + unit, p.H - unit);
     dc.store(s.state.dc + i * Hp + unit);
   }
 

@@ -15,7 +15,7 @@ struct ForwardPass {
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
 
   const Forward& p;
-  const Storage<V> storage{p.dtype};
+  const Storage<V> storage{p.dtype}, state_storage{p.state};
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, Pp = round_up(p.P, W), N = stored_rows(p);
   const int64_t Iw = O::words(p.I), Pw = O::words(p.P), row_w = O::words(Pp);
   const int64_t tape_h = padded_to_tape_block(p.H);
@@ -38,10 +38,12 @@ struct ForwardPass {
 
   // Of one slice in one direction, shared by its parts.
   struct State {
-    T* h[2];   // [rows][Pp] as words: the state that enters even, odd steps
-    T* h_raw;  // [rows][Hp] before a projection
-    T* h_own;  // [rows][Hp] where the cell reads h itself, and words do not hold it
-    T* c;      // [rows][Hp]
+    T* h[2];     // [rows][Pp] as words: the state that enters even, odd steps
+    T* h_raw;    // [rows][Hp] before a projection
+    T* h_own;    // [rows][Hp] where the cell reads h itself, and words do not hold it
+    T* c;        // [rows][Hp]
+    T* h_reset;  // [rows][Pp] what h starts from after a cut; null: zero
+    T* c_reset;  // [rows][Hp]
   };
 
   // A projected tile.
@@ -151,6 +153,8 @@ struct ForwardPass {
       s.h_raw = projected ? carve.take<T>(longest * Hp) : nullptr;
       s.h_own = carve.take<T>(keeps_h ? longest * Hp : 0);
       s.c = carve.take<T>(Cell::has_c ? longest * Hp : 0);
+      s.h_reset = p.h_reset ? carve.take<T>(longest * Pp) : nullptr;
+      s.c_reset = p.c_reset ? carve.take<T>(longest * Hp) : nullptr;
       if (memory) states[i] = s;
     }
     workers = carve.take<Worker>(split.recurrent());
@@ -302,26 +306,26 @@ struct ForwardPass {
     const State& s = w.states[d];
     const int64_t b = row_of(p, w.slice.rank(i));
     T* h = s.h[0] + i * row_w;
-    load_row<O>(p, storage, p.h0, d, b, p.P, Pp, h);
-    if (keeps_h) load_row<Singles<V>>(p, storage, p.h0, d, b, p.H, Hp, s.h_own + i * Hp);
-    if (Cell::has_c) load_row<Singles<V>>(p, storage, p.c0, d, b, p.H, Hp, s.c + i * Hp);
-    if (length_of(p, b) == 0) {  // no step will write them
+    const bool empty = length_of(p, b) == 0, cut = !empty && d == 0 && is_cut(p, 0, 0, b);
+    const void *h_first = cut ? p.h_reset : p.h0, *c_first = cut ? p.c_reset : p.c0;
+    load_row<O>(p, state_storage, h_first, d, b, p.P, Pp, h);
+    if (keeps_h) load_row<Singles<V>>(p, state_storage, h_first, d, b, p.H, Hp, s.h_own + i * Hp);
+    if (Cell::has_c) load_row<Singles<V>>(p, state_storage, c_first, d, b, p.H, Hp, s.c + i * Hp);
+    if (p.h_reset) load_row<Singles<V>>(p, state_storage, p.h_reset, d, b, p.P, Pp, s.h_reset + i * Pp);
+    if (p.c_reset) load_row<Singles<V>>(p, state_storage, p.c_reset, d, b, p.H, Hp, s.c_reset + i * Hp);
+    if (empty) {  // no step will write them
       copy_state(p.h0, p.h_n, d * p.B + b, p.P);
       if (Cell::has_c) copy_state(p.c0, p.c_n, d * p.B + b, p.H);
-    } else if (d == 0 && is_cut(p, 0, 0, b)) {
-      zero(h, row_w);
-      if (keeps_h) zero(s.h_own + i * Hp, Hp);
-      if (Cell::has_c) zero(s.c + i * Hp, Hp);
     }
     __builtin_memcpy(s.h[1] + i * row_w, h, size_t(row_w) * sizeof(T));
   }
 
   // Row `row` of a state as it is stored; zero where there is none.
   void copy_state(const void* from, void* to, int64_t row, int64_t width) const {
-    const size_t size = size_t(width * storage.size);
+    const size_t size = size_t(width * state_storage.size);
     char* const at = bytes(to) + row * int64_t(size);
     if (from)
-      __builtin_memcpy(at, bytes(from) + row * int64_t(size), size);
+      __builtin_memmove(at, bytes(from) + row * int64_t(size), size);
     else
       __builtin_memset(at, 0, size);
   }
@@ -531,8 +535,8 @@ struct ForwardPass {
   FASTRNN_MEMBER void put_c(const Step& s, int64_t i, int64_t b, int64_t unit, V c) const {
     const int64_t n = p.H - unit, size = storage.size;
     if (p.c_all) Storage<V>::store(storage, c, bytes(p.c_all) + (((s.d * p.T + s.t) * p.B + b) * p.H + unit) * size, n);
-    if (i >= s.final) Storage<V>::store(storage, c, bytes(p.c_n) + ((s.d * p.B + b) * p.H + unit) * size, n);
-    if (s.cut && s.cut[i]) c = V::set(0);
+    if (i >= s.final) put_last(c, p.c_n, (s.d * p.B + b) * p.H + unit, n);
+    if (s.cut && s.cut[i]) c = start_of<V>(s.state.c_reset, i * Hp + unit);
     c.store(s.state.c + i * Hp + unit);
   }
 
@@ -541,11 +545,15 @@ struct ForwardPass {
     const int64_t n = p.P - unit, size = storage.size;
     h = Storage<V>::store(storage, h, bytes(p.y.data) + (row_offset(p, p.y, s.t, b) + s.d * p.P + unit) * size, n);
     if (p.h_all) Storage<V>::store(storage, h, bytes(p.h_all) + (((s.d * p.T + s.t) * p.B + b) * p.P + unit) * size, n);
-    if (i >= s.final) Storage<V>::store(storage, h, bytes(p.h_n) + ((s.d * p.B + b) * p.P + unit) * size, n);
-    const V next = s.cut && s.cut[i] ? V::set(0) : h;
+    if (i >= s.final) put_last(h, p.h_n, (s.d * p.B + b) * p.P + unit, n);
+    const V next = s.cut && s.cut[i] ? start_of<V>(s.state.h_reset, i * Pp + unit) : h;
     O::store(next, s.h_new + i * row_w, unit, n);
     if (keeps_h) next.store(s.state.h_own + i * Hp + unit);
     return h;
+  }
+
+  FASTRNN_MEMBER void put_last(V x, void* to, int64_t at, int64_t n) const {
+    Storage<V>::store(state_storage, x, bytes(to) + at * state_storage.size, n);
   }
 
   // h = h_raw W_hr, this worker's columns.

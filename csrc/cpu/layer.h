@@ -103,6 +103,12 @@ static void load_row(const Layer& p, const Storage<V>& storage, const void* from
   if (from) O::read(storage, bytes(from) + (d * p.B + b) * width * storage.size, to, width);
 }
 
+// A vector from `at` on of what a state starts from after a cut; zero where that is nowhere.
+template <class V>
+FASTRNN_INLINE V start_of(const typename V::T* reset, int64_t at) {
+  return reset ? V::load(reset + at) : V::set(0);
+}
+
 // One thread carries out f(worker) for its workers [begin, end) and lets everyone catch up.
 struct Meeting {
   Barrier* barriers;  // one for all workers, then one for each slice of each direction

@@ -4,8 +4,8 @@
 //   driver gradient       every gradient against central differences in double, every cell and tier
 //   driver layers [N]     N random layers (ragged, packed, reset, projected, 16-bit): exact-size buffers filled with
 //                         garbage, finite results, tiers agree, one thread and many give the same bits however the work
-//                         is shared out, as do weights that are kept packed; and N/2 stacks of layers, one by one and
-//                         as a wavefront
+//                         is shared out, and where states are written over, as do weights that are kept packed; and N/2
+//                         stacks of layers, one by one and as a wavefront
 // Exits 0 when all holds; else says what failed and exits 1.
 #include <algorithm>
 #include <cmath>
@@ -189,7 +189,7 @@ struct Case {
   CellTraits cell;
   Layer layer;
   bool all_states = false, operands = false;
-  Buffer x, h0, c0, reset, weights[2][5], dy, dh_n, dc_n, dh_all, dc_all;
+  Buffer x, h0, c0, reset, h_reset, c_reset, weights[2][5], dy, dh_n, dc_n, dh_all, dc_all;
   std::vector<int64_t> lengths, first_row, steps_above, order;
   int64_t rows = 0;    // of x and y: stored rows when packed
   int64_t stored = 0;  // of the tape
@@ -205,7 +205,9 @@ Case random_case(bool tiny) {
   Layer& p = c.layer;
   p.cell = c.cell.kind;
   p.dtype = tiny ? Dtype::f64 : Dtype(integer(0, 3));
-  const Dtype dt = p.dtype;
+  const bool wide_states = integer(0, 1);
+  p.state = wide_states ? c.compute() : p.dtype;
+  const Dtype dt = p.dtype, state = p.state;
   p.T = integer(0, 3) ? integer(1, tiny ? 4 : 23) : 1;  // one step has a path of its own
   p.B = integer(1, tiny ? 3 : 19);
   if (!tiny && integer(0, 15) == 0) p.B = integer(100, 140);  // more rows than one tile of the projection
@@ -246,6 +248,12 @@ Case random_case(bool tiny) {
     p.reset = static_cast<bool*>(c.reset.data());
     p.reset_step = p.B;
     p.reset_row = 1;
+    if (integer(0, 1)) {
+      c.h_reset = random_values(state, p.D * p.B * p.P, 1);
+      p.h_reset = c.h_reset.data();
+      if (c.cell.has_c) c.c_reset = random_values(state, p.D * p.B * p.H, 1);
+      p.c_reset = c.c_reset.data();
+    }
   }
   c.x = random_values(dt, c.rows * p.I, 1);
   p.x = {c.x.data(), p.B * p.I, p.I};
@@ -261,16 +269,16 @@ Case random_case(bool tiny) {
     p.weights[d] = {w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data()};
   }
   if (integer(0, 1)) {
-    c.h0 = random_values(dt, p.D * p.B * p.P, 1);
+    c.h0 = random_values(state, p.D * p.B * p.P, 1);
     p.h0 = c.h0.data();
-    if (c.cell.has_c) c.c0 = random_values(dt, p.D * p.B * p.H, 1);
+    if (c.cell.has_c) c.c0 = random_values(state, p.D * p.B * p.H, 1);
     p.c0 = c.c0.data();
   }
   c.all_states = integer(0, 1);
   c.operands = integer(0, 3) == 0;
   c.dy = random_values(dt, c.rows * p.D * p.P, 1);
-  c.dh_n = random_values(dt, p.D * p.B * p.P, 1);
-  c.dc_n = random_values(dt, p.D * p.B * p.H, 1);
+  c.dh_n = random_values(state, p.D * p.B * p.P, 1);
+  c.dc_n = random_values(state, p.D * p.B * p.H, 1);
   c.dh_all = random_values(dt, p.D * p.T * p.B * p.P, 1);
   c.dc_all = random_values(dt, p.D * p.T * p.B * p.H, 1);
   return c;
@@ -280,7 +288,7 @@ Case random_case(bool tiny) {
 struct Results {
   std::vector<Buffer> buffers;
   std::vector<Dtype> dtypes;
-  enum { Y, HN, CN, HALL, CALL, TAPE, DX, DH0, DC0, WEIGHTS };
+  enum { Y, HN, CN, HALL, CALL, TAPE, DX, DH0, DC0, DHRESET, DCRESET, WEIGHTS };
   enum { OPERANDS = WEIGHTS + 10, COUNT = OPERANDS + 4 };  // 5 weights for each direction
 };
 
@@ -297,22 +305,25 @@ Team threads(int size) {
           (context = size, &context)};
 }
 
-Results run(const Kernels& k, Case& c, const Team& team) {
+// in_place: the states that a pass begins with are overwritten by those that it ends with.
+Results run(const Kernels& k, Case& c, const Team& team, bool in_place = false) {
   const Layer& p = c.layer;
   const Dtype dt = p.dtype, compute = c.compute();
-  const int64_t s = width_of(dt), w = width_of(compute), DB = p.D * p.B, GH = c.cell.gates * p.H;
+  const int64_t s = width_of(dt), z = width_of(p.state), w = width_of(compute), DB = p.D * p.B, GH = c.cell.gates * p.H;
   const bool wide_dx = p.D == 2 && s == 2, bias = p.weights[0].b_ih != nullptr;
   const bool has_c = c.cell.has_c;
   Results r;
   const int64_t sizes[] = {c.rows * p.D * p.P * s,
-                           DB * p.P * s,
-                           has_c ? DB * p.H * s : 0,
+                           DB * p.P * z,
+                           has_c ? DB * p.H * z : 0,
                            c.all_states ? DB * p.T * p.P * s : 0,
                            c.all_states && has_c ? DB * p.T * p.H * s : 0,
                            p.D * c.stored * c.tape() * w,
                            c.rows * p.I * (wide_dx ? w : s),
-                           DB * p.P * s,
-                           has_c ? DB * p.H * s : 0};
+                           DB * p.P * z,
+                           has_c ? DB * p.H * z : 0,
+                           p.h_reset ? DB * p.P * z : 0,
+                           p.c_reset ? DB * p.H * z : 0};
   const int64_t weights[] = {GH * p.I * w, GH * p.P * w, bias ? GH * w : 0, bias ? GH * w : 0,
                              p.projected ? p.P * p.H * w : 0};
   const int64_t values = c.operands ? p.D * c.rows * w : 0;
@@ -321,7 +332,8 @@ Results run(const Kernels& k, Case& c, const Team& team) {
   for (int i = 0; i < Results::COUNT; ++i) {
     const int64_t k = i - Results::WEIGHTS;
     r.buffers.emplace_back(k < 0 ? sizes[i] : k >= 10 ? operands[k - 10] : k / 5 < p.D ? weights[k % 5] : 0);
-    r.dtypes.push_back(i == Results::TAPE || k >= 0 || (i == Results::DX && wide_dx) ? compute : dt);
+    const bool state = i == Results::HN || i == Results::CN || (i >= Results::DH0 && k < 0);
+    r.dtypes.push_back(state ? p.state : i == Results::TAPE || k >= 0 || (i == Results::DX && wide_dx) ? compute : dt);
   }
   auto at = [&](int i) { return r.buffers[size_t(i)].data(); };
   Forward f;
@@ -329,6 +341,12 @@ Results run(const Kernels& k, Case& c, const Team& team) {
   f.y = {at(Results::Y), p.B * p.D * p.P, p.D * p.P};
   f.h_n = at(Results::HN);
   f.c_n = at(Results::CN);
+  if (in_place && p.h0) {
+    std::memcpy(f.h_n, p.h0, size_t(DB * p.P * z));
+    f.h0 = f.h_n;
+    if (has_c) std::memcpy(f.c_n, p.c0, size_t(DB * p.H * z));
+    if (has_c) f.c0 = f.c_n;
+  }
   f.h_all = at(Results::HALL);
   f.c_all = at(Results::CALL);
   f.tape = at(Results::TAPE);
@@ -353,6 +371,8 @@ Results run(const Kernels& k, Case& c, const Team& team) {
   g.dx = {at(Results::DX), p.B * p.I, p.I};
   g.dh0 = at(Results::DH0);
   g.dc0 = at(Results::DC0);
+  g.dh_reset = at(Results::DHRESET);
+  g.dc_reset = at(Results::DCRESET);
   g.dx_is_compute = wide_dx;
   for (int d = 0; d < p.D; ++d) {
     const int first = Results::WEIGHTS + 5 * d;
@@ -367,9 +387,10 @@ Results run(const Kernels& k, Case& c, const Team& team) {
 std::string describe(const Case& c) {
   const Layer& p = c.layer;
   char text[200];
-  std::snprintf(text, sizeof text, "%s dtype %d T %ld B %ld I %ld H %ld P %ld D %d lengths %d packed %d reset %d hx %d",
-                c.cell.name, int(p.dtype), long(p.T), long(p.B), long(p.I), long(p.H), long(p.P), p.D,
-                p.lengths != nullptr, p.packed, p.reset != nullptr, p.h0 != nullptr);
+  std::snprintf(text, sizeof text,
+                "%s dtype %d state %d T %ld B %ld I %ld H %ld P %ld D %d lengths %d packed %d reset %d to %d hx %d",
+                c.cell.name, int(p.dtype), int(p.state), long(p.T), long(p.B), long(p.I), long(p.H), long(p.P), p.D,
+                p.lengths != nullptr, p.packed, p.reset != nullptr, p.h_reset != nullptr, p.h0 != nullptr);
   return text;
 }
 
@@ -403,7 +424,7 @@ void test_layers(int64_t n) {
       Results one = run(*tables[k], c, threads(1));
       const char* splits[] = {"serial", "batch", "hidden", "ahead", ""};
       force_split(splits[integer(0, 4)]);
-      Results many = run(*tables[k], c, threads(int(integer(2, 6))));
+      Results many = run(*tables[k], c, threads(int(integer(2, 6))), integer(0, 1));
       force_split("");
       test_kept(*tables[k], c, one);
       for (int b = 0; b < Results::COUNT; ++b) {
@@ -436,11 +457,12 @@ void test_layers(int64_t n) {
 void test_stack(const Kernels& k, Case& c) {
   const Layer& p = c.layer;
   const Dtype compute = c.compute();
-  const int64_t count = integer(2, 5), s = width_of(p.dtype), w = width_of(compute), GH = c.cell.gates * p.H;
+  const int64_t count = integer(2, 5), s = width_of(p.dtype), z = width_of(p.state), w = width_of(compute),
+                GH = c.cell.gates * p.H;
   std::vector<Buffer> weights, results[2];
   std::vector<Forward> forward[2];
   std::vector<Backward> backward[2];  // the last layer first
-  constexpr int64_t each = 11;        // results of a layer
+  constexpr int64_t each = 13;        // results of a layer
   weights.reserve(size_t(count * 2));
   for (int64_t i = 0; i < count; ++i) {
     Forward f;
@@ -461,8 +483,8 @@ void test_stack(const Kernels& k, Case& c) {
         return r.back().data();
       };
       f.y = {result(p.T * p.B * p.P * s), p.B * p.P, p.P};
-      f.h_n = result(p.B * p.P * s);
-      f.c_n = result(c.cell.has_c ? p.B * p.H * s : 0);
+      f.h_n = result(p.B * p.P * z);
+      f.c_n = result(c.cell.has_c ? p.B * p.H * z : 0);
       f.tape = result(c.stored * c.tape() * w);
       forward[way].push_back(f);
       Backward b;
@@ -471,8 +493,10 @@ void test_stack(const Kernels& k, Case& c) {
       b.dh_n = c.dh_n.data();
       if (c.cell.has_c) b.dc_n = c.dc_n.data();
       b.dx = {result(p.T * p.B * f.I * s), p.B * f.I, f.I};
-      b.dh0 = result(p.B * p.P * s);
-      b.dc0 = result(c.cell.has_c ? p.B * p.H * s : 0);
+      b.dh0 = result(p.B * p.P * z);
+      b.dc0 = result(c.cell.has_c ? p.B * p.H * z : 0);
+      b.dh_reset = result(p.h_reset ? p.B * p.P * z : 0);
+      b.dc_reset = result(p.c_reset ? p.B * p.H * z : 0);
       auto& g = b.gradients[0];
       g.w_ih = result(GH * f.I * w);
       g.w_hh = result(GH * p.P * w);
@@ -542,8 +566,8 @@ void test_gradient(int64_t n) {
     const bool kinked = c.cell.kind == CellKind::rnn_relu;
     const Kernels& k = *tables[i % count];
     Results r = run(k, c, threads(1));
-    std::vector<Buffer*> inputs = {&c.x, &c.h0, &c.c0};
-    std::vector<int> gradients = {Results::DX, Results::DH0, Results::DC0};
+    std::vector<Buffer*> inputs = {&c.x, &c.h0, &c.c0, &c.h_reset, &c.c_reset};
+    std::vector<int> gradients = {Results::DX, Results::DH0, Results::DC0, Results::DHRESET, Results::DCRESET};
     for (int q = 0; q < 10; ++q) inputs.push_back(&c.weights[q / 5][q % 5]), gradients.push_back(Results::WEIGHTS + q);
     for (size_t q = 0; q < inputs.size(); ++q)
       for (int64_t v = 0; v < int64_t(inputs[q]->bytes.size()) / 8; ++v) {
