@@ -508,7 +508,8 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
 
     Tensor dx;
     if (k > lowest || needs[0]) {
-      b.dx_is_compute = b.D == 2 && p.dtype != p.compute;
+      const bool wide = k == 0 && p.state != p.dtype;  // for a caller who adds up more of them
+      b.dx_is_compute = wide || (b.D == 2 && p.dtype != p.compute);
       const int32_t dtype = b.dx_is_compute ? p.compute : p.dtype;
       dx = flat ? empty({p.N, b.I}, dtype) : empty_rows(b.T, b.B, b.I, batch_major && k == 0, dtype);
       const ConstRows rows = rows_of(dx, flat);
@@ -520,7 +521,7 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
       if (dy) between.push_back(*dy);
     } else {
       if (b.B) current().backward(b, team());
-      if (b.dx_is_compute) dx = stable::to(dx, p.input.scalar_type());
+      if (b.dx_is_compute && p.state == p.dtype) dx = stable::to(dx, p.input.scalar_type());
     }
     if (k == 0 && needs[0]) results[0] = dx;
     dy = dx;  // memory for two layers' will do, unless they are worked on side by side

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrnn import ops, reference, transforms
+from fastrnn import ops, recompute, reference, transforms
 
 
 class _Layers(torch.autograd.Function):
@@ -20,27 +20,32 @@ class _Layers(torch.autograd.Function):
     # never come here. `output` is not saved: callers may change it in place before backward, as torch lets them.
     @staticmethod
     def forward(
-        ctx, cell, num_layers, saved_from, bidirectional, batch_major, all_states, precision, resets, slots,
+        ctx, cell, num_layers, saved_from, bidirectional, batch_major, all_states, precision, resets, chunked, slots,
         batch_sizes, lengths, reset, *tensors,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         input, h0, c0, *weights = tensors if slots is None else _spread(tensors, slots)
         weights, starts = (weights[:-2], weights[-2:]) if resets else (weights, ())
         arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major)
-        if num_layers == 1:
+        if chunked:
+            starts = starts or (None, None)
+            output, h_n, c_n, h_all, c_all, *saved = recompute.forward(
+                *arguments[:-1], num_layers, precision, *starts, batch_major, all_states
+            )
+        elif num_layers == 1:
             output, h_n, c_n, h_all, c_all, *saved = ops.layer(*arguments, all_states, True, precision, *starts)
         else:
             output, h_n, c_n, saved = ops.stack(*arguments, num_layers, saved_from, precision, *starts)
         ctx.save_for_backward(batch_sizes, lengths, reset, *tensors, *saved)
         ctx.set_materialize_grads(False)
-        ctx.arguments = (cell, num_layers, bidirectional, batch_major, all_states, precision, resets, slots)
+        ctx.arguments = (cell, num_layers, bidirectional, batch_major, all_states, precision, resets, chunked, slots)
         if cell != "lstm":
             return (output, h_n, h_all) if all_states else (output, h_n)
         return (output, h_n, c_n, h_all, c_all) if all_states else (output, h_n, c_n)
 
     @staticmethod
     def backward(ctx, *grads):
-        cell, num_layers, bidirectional, batch_major, all_states, precision, resets, slots = ctx.arguments
-        needed = list(ctx.needs_input_grad[12:])
+        cell, num_layers, bidirectional, batch_major, all_states, precision, resets, chunked, slots = ctx.arguments
+        needed = list(ctx.needs_input_grad[13:])
         batch_sizes, lengths, reset, *rest = ctx.saved_tensors
         tensors, saved = rest[: len(needed)], rest[len(needed) :]
         if slots is None:
@@ -64,7 +69,13 @@ class _Layers(torch.autograd.Function):
         else:
             arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset)
             directions = (bidirectional, batch_major)
-            if num_layers == 1:
+            if chunked:
+                incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
+                starts = starts or (None, None)
+                results = recompute.backward(
+                    *arguments, bidirectional, num_layers, precision, *starts, *saved, *incoming, batch_major, needs
+                )
+            elif num_layers == 1:
                 incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
                 results = ops.layer_backward(*arguments, *saved, *incoming, *directions, needs, precision, *starts)
             else:
@@ -75,7 +86,7 @@ class _Layers(torch.autograd.Function):
             results = [r if n else None for r, n in zip(results, needs)]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
-        return (None,) * 12 + tuple(results)
+        return (None,) * 13 + tuple(results)
 
 
 class _Step(torch.autograd.Function):
@@ -184,8 +195,11 @@ def layers(
     precision: int,
     h_reset: Tensor | None = None,
     c_reset: Tensor | None = None,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`ops.layer`, or `ops.stack` where there are several, differentiable; all_states for one layer alone.
+
+    chunked: keep little for backward (recompute.py); several layers of one direction alone.
 
     Returns output, h_n, c_n, h_all, c_all; None for what the cell or call has not.
     """
@@ -205,7 +219,7 @@ def layers(
             c_all if lstm and all_states else None,
         )
     saved_from = _first_needed((input, h0, c0, *starts), weights, num_layers) if num_layers > 1 else 0
-    arguments = (bidirectional, batch_major, all_states, precision, h_reset is not None)
+    arguments = (bidirectional, batch_major, all_states, precision, h_reset is not None, chunked)
     tensors, slots = (input, h0, c0, *weights, *starts), None
     if torch.compiler.is_compiling():  # Dynamo refuses a Function that is given one tensor twice; eager does not mind
         tensors, slots = _unique(tensors)

@@ -36,12 +36,13 @@ def run(
     all_states: bool = False,
     packed: Tensor | None = None,
     reset_state=None,
+    recompute: bool = False,
 ):
     """A checked call.
 
     input 3-D, or 2-D packed with batch_sizes (then rows of hx, reset and results are in packed order, and batch_first
     is False); reset (T, B); packed: the weights as `ops.pack` packs them, to be used where a call allows it;
-    reset_state as hx.
+    reset_state as hx; recompute: keep little for backward.
     Returns (output, h_n, c_n, h_all, c_all), None for what there is not.
     """
     h0, c0 = (hx, None) if cell != "lstm" or hx is None else hx
@@ -70,14 +71,15 @@ def run(
         reset = reset.to(x.device)
 
     D = 2 if bidirectional else 1
-    at_once = in_one_call(route, num_layers, dropout, training, all_states)
+    recompute = recompute and route.path is KERNEL and autograd.needed(x, h0, c0, weights, *starts)
+    at_once = in_one_call(route, num_layers, dropout, training, all_states, recompute and bidirectional)
     if packed is not None and at_once and not all_states and frozen.usable(route, x, h0, c0, weights, *starts):
         output, h_n, c_n = ops.frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset, *starts)
         return output, h_n, c_n if cell == "lstm" else None, None, None
     if at_once:
         output, h_n, c_n, h_all, c_all = autograd.layers(
             cell, num_layers, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states,
-            precision(work), *starts,
+            precision(work), *(starts or (None, None)), recompute,
         )  # fmt: skip
     else:
         per = len(weights) // num_layers
@@ -87,7 +89,7 @@ def run(
             h, c, *from_reset = (None if t is None else t[k * D : (k + 1) * D] for t in (h0, c0, *starts))
             found = one_layer(
                 route, cell, x, h, c, weights[k * per : (k + 1) * per], batch_sizes, lengths, reset, bidirectional,
-                batch_first and last, all_states, *from_reset,
+                batch_first and last, all_states, recompute, *from_reset,
             )  # fmt: skip
             layers.append(found)
             x = found[0]
@@ -104,19 +106,20 @@ def run(
     return output, h_n, c_n, h_all, c_all
 
 
-def in_one_call(route, num_layers, dropout, training, all_states) -> bool:
+def in_one_call(route, num_layers, dropout, training, all_states, apart=False) -> bool:
     """Whether all layers of a call go to the kernels at once: where nothing has to happen between them."""
-    return route.path is KERNEL and (num_layers == 1 or not (all_states or (dropout and training)))
+    return route.path is KERNEL and (num_layers == 1 or not (all_states or (dropout and training) or apart))
 
 
 def one_layer(
-    route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, *starts
-):
+    route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states,
+    recompute=False, *starts,
+):  # fmt: skip
     """The results of `ops.layer` on any route but torch's."""
     if route.path is KERNEL:
         return autograd.layers(
             cell, 1, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states,
-            precision(route.work), *starts,
+            precision(route.work), *(starts or (None, None)), recompute,
         )  # fmt: skip
     if route.path is TRANSFORMED:
         return transforms.layer(
@@ -242,7 +245,7 @@ def _permute(t: Tensor | None, dim: int, order: Tensor | None) -> Tensor | None:
 
 def run_packed(
     cell: str, sequence, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states,
-    packed=None, reset_state=None,
+    packed=None, reset_state=None, recompute=False,
 ):  # fmt: skip
     """`run` for a PackedSequence whose fields are valid, in the caller's row order throughout."""
     data, batch_sizes, order, back = sequence
@@ -254,7 +257,7 @@ def run_packed(
 
     output, h_n, c_n, h_all, c_all = run(
         cell, data, sorted_rows(hx), weights, bias, num_layers, dropout, training, bidirectional, False, batch_sizes,
-        None, _permute(reset, 1, order), all_states, packed, sorted_rows(reset_state),
+        None, _permute(reset, 1, order), all_states, packed, sorted_rows(reset_state), recompute,
     )  # fmt: skip
     return (
         PackedSequence(output, batch_sizes, order, back),
@@ -296,6 +299,7 @@ def lstm(
     lengths=None,
     all_states=False,
     reset_state=None,
+    recompute=False,
 ):
     """LSTM over a whole sequence: torch.nn.LSTM as a function of its weights. One graph under torch.compile.
 
@@ -318,6 +322,9 @@ def lstm(
         all_states: also return the states after every step, time-major: (h (L*D, T, B, P), c (L*D, T, B, H)).
         reset_state: what states start from where `reset` separates steps, instead of zero: (h (L*D, B or 1, P), c (L*D,
             B or 1, H)), without B if unbatched. Differentiable: it may be learned.
+        recompute: keep for backward only the states at the ends of chunks of steps, and run each chunk again there: a
+            small part of the memory, for about a third more time. Results are the same bits; gradients of weights are
+            added up in another order.
 
     Returns:
         (output, (h_n, c_n)), or (output, (h_n, c_n), (h_all, c_all)) with all_states. output (T, B, D*P) in input's
@@ -328,7 +335,7 @@ def lstm(
     """
     return _checked(
         "lstm", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, reset, lengths,
-        all_states, reset_state,
+        all_states, reset_state, recompute,
     )  # fmt: skip
 
 
@@ -347,6 +354,7 @@ def gru(
     lengths=None,
     all_states=False,
     reset_state=None,
+    recompute=False,
 ):
     """GRU over a whole sequence: torch.nn.GRU as a function of its weights (equations there; gate order r, z, n).
 
@@ -356,7 +364,7 @@ def gru(
     """
     return _checked(
         "gru", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, reset, lengths,
-        all_states, reset_state,
+        all_states, reset_state, recompute,
     )  # fmt: skip
 
 
@@ -376,6 +384,7 @@ def rnn(
     lengths=None,
     all_states=False,
     reset_state=None,
+    recompute=False,
 ):
     """Elman RNN over a whole sequence: torch.nn.RNN as a function of its weights (equation there).
 
@@ -385,7 +394,7 @@ def rnn(
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     return _checked(
         f"rnn_{nonlinearity}", input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first,
-        reset, lengths, all_states, reset_state,
+        reset, lengths, all_states, reset_state, recompute,
     )  # fmt: skip
 
 
@@ -404,9 +413,11 @@ def _checked(
     lengths,
     all_states,
     reset_state,
+    recompute,
 ):
-    if all_states is not True and all_states is not False:
-        raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
+    for name, value in (("all_states", all_states), ("recompute", recompute)):
+        if value is not True and value is not False:
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     packed = isinstance(input, PackedSequence)
     data = input[0] if packed else input
     if not isinstance(data, Tensor):
@@ -448,12 +459,12 @@ def _checked(
     if packed:
         found = run_packed(
             cell, input, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states, None,
-            reset_state,
+            reset_state, recompute,
         )  # fmt: skip
     else:
         found = run(
             cell, data, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, None, lengths,
-            reset, all_states, None, reset_state,
+            reset, all_states, None, reset_state, recompute,
         )  # fmt: skip
     return results(cell, found, unbatched, all_states)
 

@@ -172,15 +172,16 @@ def _forward(self, input, hx, positional, reset, lengths, all_states, reset_stat
             cell, reset_state, data, layers, B, H, self.proj_size or H, unbatched
         )
 
+    recompute = self.__dict__.get("recompute", False)
     if packed:
         found = functional.run_packed(
             cell, input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            reset, all_states, kept(self, data), reset_state,
+            reset, all_states, kept(self, data), reset_state, recompute,
         )  # fmt: skip
     else:
         found = functional.run(
             cell, data, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, None, lengths, reset, all_states, kept(self, data), reset_state,
+            batch_first, None, lengths, reset, all_states, kept(self, data), reset_state, recompute,
         )  # fmt: skip
     return functional.results(cell, found, unbatched, all_states)
 
@@ -205,6 +206,31 @@ def twin(self: nn.Module, base: type[nn.Module], forward, torch_forward) -> nn.M
     return other
 
 
+def _class_doc(base: type[nn.Module]) -> str:
+    return f"""torch.nn.{base.__name__} on fastrnn's kernels: the same constructor, parameters and results.
+
+    recompute (keyword, and attribute): keep for backward only the states at the ends of chunks of steps, and run each
+    chunk again there: a small part of the memory, for about a third more time. The same bits, but for gradients of
+    weights, which are added up in another order.
+
+    {base.__doc__}"""
+
+
+def _recomputing(base: type[nn.Module]):
+    """The methods of the keyword `recompute`, and its value for objects that were made without it."""
+
+    def __init__(self, *args, recompute: bool = False, **kwargs):
+        if recompute is not True and recompute is not False:
+            raise TypeError(f"recompute: expected a bool, got {type(recompute).__name__}")
+        base.__init__(self, *args, **kwargs)
+        self.recompute = recompute
+
+    def extra_repr(self) -> str:
+        return base.extra_repr(self) + (", recompute=True" if self.recompute else "")
+
+    return __init__, extra_repr, False
+
+
 def _packing(self) -> Packing:
     return Packing(_CELL[self.mode], _weights(self), self._flat_weights_names, self.bidirectional, self.num_layers)
 
@@ -212,7 +238,8 @@ def _packing(self) -> Packing:
 @steppable(_packing, layered=True)
 @freezable(_packing)
 class RNN(nn.RNN):
-    __doc__ = f"torch.nn.RNN on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.RNN.__doc__}"
+    __doc__ = _class_doc(nn.RNN)
+    __init__, extra_repr, recompute = _recomputing(nn.RNN)
 
     def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
         return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
@@ -224,7 +251,8 @@ class RNN(nn.RNN):
 @steppable(_packing, layered=True)
 @freezable(_packing)
 class LSTM(nn.LSTM):
-    __doc__ = f"torch.nn.LSTM on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.LSTM.__doc__}"
+    __doc__ = _class_doc(nn.LSTM)
+    __init__, extra_repr, recompute = _recomputing(nn.LSTM)
 
     def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
         return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
@@ -236,7 +264,8 @@ class LSTM(nn.LSTM):
 @steppable(_packing, layered=True)
 @freezable(_packing)
 class GRU(nn.GRU):
-    __doc__ = f"torch.nn.GRU on fastrnn's kernels: the same constructor, parameters and results.\n\n{nn.GRU.__doc__}"
+    __doc__ = _class_doc(nn.GRU)
+    __init__, extra_repr, recompute = _recomputing(nn.GRU)
 
     def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
         return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
