@@ -286,6 +286,14 @@ def tensors_in(value):
     return [t for part in value for t in tensors_in(part)]
 
 
+def close(found, expected):
+    """Bit for bit: for results that come from the same kernels by another way, as in compiled code."""
+    found, expected = tensors_in(found), tensors_in(expected)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.equal(b), (a - b).abs().max()
+
+
 def with_gradients(outputs, wanted, seed=7):
     """A dictionary of the outputs and of the gradients of `wanted` for random incoming gradients."""
     outs = tensors_in(outputs)
