@@ -253,8 +253,8 @@ def step(
 
 
 def needed(input, h0, c0, weights, h_reset=None, c_reset=None) -> bool:
-    """Whether a call has to be recorded for backward."""
-    if not torch.is_grad_enabled():
+    """Whether a call has to be recorded for backward. Export keeps no Function's backward, and so needs no tape."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return False
     if input.requires_grad or (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad):
         return True

@@ -76,12 +76,13 @@ def export(model, strict):
     sequence = {0: B, 1: T} if model.rnn.batch_first else {0: T, 1: B}
     state = ({1: B}, {1: B}) if model.rnn.mode == "LSTM" else {1: B}
     shapes = (sequence, state, sequence, {0: B})
-    with torch.no_grad():
-        return torch.export.export(model.eval(), inputs(model, *SHAPES[0]), dynamic_shapes=shapes, strict=strict)
+    return torch.export.export(model.eval(), inputs(model, *SHAPES[0]), dynamic_shapes=shapes, strict=strict)
 
 
-def targets(program):
-    return [str(node.target) for node in program.graph.nodes if "fastrnn" in str(node.target)]
+def operator(program):
+    """The one operator of fastrnn's in the graph, and its arguments by name."""
+    (node,) = (node for node in program.graph.nodes if "fastrnn" in str(node.target))
+    return str(node.target), dict(zip((a.name for a in node.target._schema.arguments), node.args))
 
 
 # torch.export.
@@ -89,7 +90,7 @@ def targets(program):
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
-    "kind, options, operator",
+    "kind, options, expected",
     [
         ("LSTM", dict(num_layers=2, bidirectional=True), "stack"),
         ("LSTM", dict(all_states=True, batch_first=True), "layer"),
@@ -98,10 +99,13 @@ def targets(program):
         ("RNN_RELU", dict(), "layer"),
     ],
 )
-def test_modules_are_exported_for_all_shapes(kind, options, operator, strict):
+def test_modules_are_exported_for_all_shapes(kind, options, expected, strict):
     model = Model(kind, **options)
     program = export(model, strict)
-    assert targets(program) == [f"fastrnn.{operator}.default"]
+    name, given = operator(program)
+    assert name == f"fastrnn.{expected}.default"
+    # Parameters want gradients here, and export keeps no backward: no tape is written for it.
+    assert given["saved_from"] == given["num_layers"] if expected == "stack" else given["save"] is False
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -121,6 +125,27 @@ def test_functional_is_exported_for_all_shapes(kind, strict):
         close(exported(*given), model(*given))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_gradients_end_at_exported_operators_with_a_warning(strict):
+    model = Model("GRU")
+    exported = export(model, strict).module()
+    output = exported(*inputs(model, 6, 4))[0]
+    with pytest.warns(UserWarning, match="fastrnn::layer: an autograd kernel was not registered"):
+        output.sum().backward()
+    assert exported.head.weight.grad is not None
+    assert exported.rnn.weight_hh_l0.grad is None
+
+
+def test_frozen_modules_are_exported_as_others():
+    """What freeze() keeps is for this machine."""
+    model = Model("GRU").eval()
+    model.rnn.freeze()
+    program = export(model, strict=False)
+    assert operator(program)[0] == "fastrnn.layer.default"
+    given = inputs(model, 9, 3)
+    close(program.module()(*given), model(*given))
+
+
 def test_exported_programs_refuse_what_does_not_fit():
     model = Model("GRU")
     exported = export(model, strict=False).module()
@@ -132,16 +157,13 @@ def test_exported_programs_refuse_what_does_not_fit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loading", ["import fastrnn", f"torch.ops.load_library({str(OPS)!r})"])
-def test_exported_programs_run_in_another_process(loading, tmp_path):
-    """Of fastrnn, the operators alone are needed there."""
+def test_exported_programs_run_in_another_process(tmp_path):
     model = Model("LSTM", num_layers=2, bidirectional=True)
     torch.export.save(export(model, strict=False), tmp_path / "model.pt2")
     given = [inputs(model, T, B) for T, B in SHAPES]
     torch.save(given, tmp_path / "inputs.pt")
-    code = f"""
-import torch
-{loading}
+    code = """
+import torch, fastrnn
 model = torch.export.load("model.pt2").module()
 torch.save([model(*given) for given in torch.load("inputs.pt")], "outputs.pt")
 """
