@@ -254,7 +254,7 @@ def step(
 
 def needed(input, h0, c0, weights, h_reset=None, c_reset=None) -> bool:
     """Whether a call has to be recorded for backward. Export keeps no Function's backward, and so needs no tape."""
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or _exporting():
         return False
     if input.requires_grad or (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad):
         return True
@@ -264,3 +264,12 @@ def needed(input, h0, c0, weights, h_reset=None, c_reset=None) -> bool:
         if w.requires_grad:
             return True
     return False
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Asked while a graph is captured, not traced: Dynamo before torch 2.13 takes is_exporting() for True in torch.compile
+# too, and training would lose its gradients.
+_exporting._dynamo_marked_constant = True
