@@ -206,7 +206,7 @@ def draw(theirs: Trainee, ours: Trainee, accuracies: list[float], data: Data, ar
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 4.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     curve, histogram = figure.subplots(1, 2, width_ratios=[1.6, 1])
     reach = len(ours.losses) // 30
@@ -214,14 +214,13 @@ def draw(theirs: Trainee, ours: Trainee, accuracies: list[float], data: Data, ar
         seconds = list(accumulate(trainee.seconds))
         bold = smooth(trainee.losses, reach)
         label = f"{trainee.name}: {seconds[-1]:.1f} s, {accuracy:.1%} right"
-        curve.plot(seconds, trainee.losses, color=colour, alpha=0.22, linewidth=0.8)
         curve.plot(seconds, bold, color=colour, linewidth=2.2, label=label)
         curve.plot(seconds[-1], bold[-1], "o", color=colour, markersize=6)
     curve.set_xlim(left=0)
     curve.set_ylim(bottom=0)
     curve.set_xlabel("training time, seconds")
     curve.set_ylabel("loss, nats per function")
-    curve.set_title(f"Loss (bold: mean of {2 * reach + 1} steps)", fontsize=11, loc="left")
+    curve.set_title(f"Loss over training time (mean of {2 * reach + 1} steps)", fontsize=11, loc="left")
     curve.legend(frameon=False, loc="upper right", fontsize=10)
 
     lengths = [len(tokens) for tokens in data.tokens]
