@@ -28,9 +28,10 @@ class _Layers(torch.autograd.Function):
         arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major)
         if chunked:
             starts = starts or (None, None)
-            output, h_n, c_n, h_all, c_all, *saved = recompute.forward(
+            output, h_n, c_n, h_all, c_all, h_marks, c_marks, saved = recompute.forward(
                 *arguments[:-1], num_layers, precision, *starts, batch_major, all_states
             )
+            saved = [h_marks, c_marks, *saved]
         elif num_layers == 1:
             output, h_n, c_n, h_all, c_all, *saved = ops.layer(*arguments, all_states, True, precision, *starts)
         else:
@@ -72,9 +73,11 @@ class _Layers(torch.autograd.Function):
             if chunked:
                 incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
                 starts = starts or (None, None)
+                h_marks, c_marks, *saved = saved
                 results = recompute.backward(
-                    *arguments, bidirectional, num_layers, precision, *starts, *saved, *incoming, batch_major, needs
-                )
+                    *arguments, bidirectional, num_layers, precision, *starts, h_marks, c_marks, saved, *incoming,
+                    batch_major, needs,
+                )  # fmt: skip
             elif num_layers == 1:
                 incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
                 results = ops.layer_backward(*arguments, *saved, *incoming, *directions, needs, precision, *starts)

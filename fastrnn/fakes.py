@@ -18,7 +18,7 @@ def empty_rows(like: Tensor, T, B, columns, batch_major: bool) -> Tensor:
     return like.new_empty(T, B, columns)
 
 
-def _tape(cell: str, like: Tensor, rows: tuple, H: int, P: int, projection: bool, save: bool) -> Tensor:
+def tape(cell: str, like: Tensor, rows: tuple, H: int, P: int, projection: bool, save: bool) -> Tensor:
     padded = [(n + 15) // 16 * 16 for n in (H, P)]  # problem.h: padded_to_tape_block
     width = CELLS[cell]["tape"] * padded[0] + (padded[1] if projection else 0)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -55,7 +55,7 @@ def _(
         state.new_empty(D, B, H) if has_c else state.new_empty(0),
         input.new_empty(D, T, B, P) if all_states else none(0),
         input.new_empty(D, T, B, H) if all_states and has_c else none(0),
-        _tape(cell, input, (D, N), H, P, projection, save),
+        tape(cell, input, (D, N), H, P, projection, save),
     )
 
 
@@ -72,7 +72,7 @@ def _(
 
     state = input if h0 is None else h0
     c_n = state.new_empty(num_layers * D, B, H) if CELLS[cell]["has_c"] else state.new_empty(0)
-    saved = [_tape(cell, input, (D, N), H, P, projection, True) for _ in range(saved_from, num_layers)]
+    saved = [tape(cell, input, (D, N), H, P, projection, True) for _ in range(saved_from, num_layers)]
     saved += [rows(False) for _ in range(max(saved_from, 1), num_layers)]
     return rows(batch_major), state.new_empty(num_layers * D, B, P), c_n, saved
 
@@ -81,7 +81,7 @@ def _(
 def _(cell, input, h0, c0, weights, save, precision=0):
     B, P, H = input.size(0), weights[1].size(1), weights[1].size(0) // CELLS[cell]["gates"]
     h, c = input.new_empty(B, P), input.new_empty(B, H) if CELLS[cell]["has_c"] else input.new_empty(0)
-    return h, c, _tape(cell, input, (1, B), H, P, len(weights) % 2 == 1, save)
+    return h, c, tape(cell, input, (1, B), H, P, len(weights) % 2 == 1, save)
 
 
 @torch.library.register_fake("fastrnn::step_")

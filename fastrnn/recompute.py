@@ -1,9 +1,10 @@
 """recompute=True: layers that keep for backward the states at the ends of chunks of steps alone, and run chunks again.
 
-Forward goes chunk by chunk and keeps the states that enter each. Backward goes through the chunks from the last to the
-first: the forward pass of a chunk from its kept states, with a tape this time, then back-propagation through it, whose
-gradients of the states go on to the chunk before. So the tape is never longer than a chunk, and the kept states are a
-small part of it (Gruslys et al. 2016, "Memory-Efficient Backpropagation Through Time", with chunks of equal length).
+Forward goes chunk by chunk and keeps the states that enter each, and the tape of the last. Backward goes through the
+chunks from the last to the first: the forward pass of a chunk from its kept states, with a tape this time, then
+back-propagation through it, whose gradients of the states go on to the chunk before. So there is never more than the
+tape of a chunk, and the kept states are a small part of that (Gruslys et al. 2016, "Memory-Efficient Backpropagation
+Through Time", with chunks of equal length).
 
 Results are the same bits as without, but for the gradients of the weights, which are added up in another order. States
 between chunks are float32 when the storage is 16-bit, as they are inside the kernels.
@@ -22,16 +23,22 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastrnn import fakes, ops, reference
 
-# Steps of a chunk: as many as give so many rows, within these. Fewer make the operators' own costs and the packing of
-# the weights dear, more make the tape long.
-_ROWS, _FEWEST, _MOST = 1024, 16, 256
+# Steps of a chunk: as many as give so many rows, but not more than this part of the sequence, and not less than so
+# many. Shorter ones make the operators' own costs and the packing of the weights dear, longer ones the tape.
+_ROWS, _PARTS, _FEWEST = 4096, 5, 16
 
 
 def _mark_count(T, B):
     """How many states are kept, for sizes that may be symbolic: one more than there are chunks, the last unused,
     because torch.compile makes another graph for a size that turns out to be 1."""
-    steps = torch.sym_max(_FEWEST, torch.sym_min(_MOST, _ROWS // torch.sym_max(B, 1)))
+    steps = torch.sym_max(_FEWEST, torch.sym_min(T // _PARTS, _ROWS // torch.sym_max(B, 1)))
     return (T + steps - 1) // steps + 1
+
+
+def _bound(k, count, T):
+    """Where chunk k of `count` begins. They are of about the same length, so that none is a single step, whose sums
+    another path of the kernels may take in another order."""
+    return k * T // count
 
 
 class _OneWay:
@@ -42,8 +49,7 @@ class _OneWay:
         self.lengths, self.reset, self.starts = lengths, reset, starts
         T, B = x.shape[:2]
         count = _mark_count(T, B) - 1
-        # Of about the same length, so that none is a single step, whose sums another path may take in another order.
-        self.bounds = [k * T // count for k in range(count + 1)]
+        self.bounds = [_bound(k, count, T) for k in range(count + 1)]
 
     def arguments(self, k: int, h: Tensor, c: Tensor | None) -> tuple:
         begin, end = self.bounds[k : k + 2]
@@ -52,35 +58,40 @@ class _OneWay:
         return self.cell, self.x[begin:end], h, c, self.weights, None, lengths, reset
 
     def run(self, k: int, h: Tensor, c: Tensor | None, save: bool, all_states: bool = False) -> tuple:
-        """output, h, c, c_all and what is saved, of one chunk."""
+        """output, h, c, c_all and, as a list, what is saved, of one chunk."""
         arguments = (*self.arguments(k, h, c), False, False)
         if self.layers > 1:
             found = ops.stack(*arguments, self.layers, 0 if save else self.layers, self.precision, *self.starts)
             output, h, c_new, saved = found
             return output, h, c_new if c is not None else None, None, saved
         output, h, c_new, _, c_all, tape = ops.layer(*arguments, all_states, save, self.precision, *self.starts)
-        return output, h, c_new if c is not None else None, c_all, tape
+        return output, h, c_new if c is not None else None, c_all, [tape]
 
     def forward(self, h, c, output: Tensor, c_all: Tensor | None, h_marks: Tensor, c_marks: Tensor | None):
         """From the states h (L, B, P) and c, onto the others: output (T, B, P), c_all (T, B, H), and the states that
-        enter each chunk, (chunks, L, B, P) and (chunks, L, B, H). Returns the last h and c."""
+        enter each chunk, (chunks, L, B, P) and (chunks, L, B, H). Returns the last h and c, and what the last chunk
+        saved."""
+        last = len(self.bounds) - 2
         for k, (begin, end) in enumerate(zip(self.bounds, self.bounds[1:])):
             h_marks[k] = h
             if c is not None:
                 c_marks[k] = c
-            output[begin:end], h, c, states, _ = self.run(k, h, c, False, c_all is not None)
+            output[begin:end], h, c, states, saved = self.run(k, h, c, k == last, c_all is not None)
             if c_all is not None:
                 c_all[begin:end] = states[0]
-        return h, c
+        return h, c, saved
 
-    def backward(self, h_marks, c_marks, d_output, d_h, d_c, d_h_all, d_c_all, d_input: Tensor | None, needs) -> list:
+    def backward(
+        self, h_marks, c_marks, saved, d_output, d_h, d_c, d_h_all, d_c_all, d_input: Tensor | None, needs
+    ) -> list:
         """d_h and d_c: of the last states; d_h_all and d_c_all (T, B, ...): of one layer's; d_input (T, B, I): to be
         written. needs: of h0, c0, weights and reset states, as the result."""
         sums = None
         for k in reversed(range(len(self.bounds) - 1)):
             begin, end = self.bounds[k : k + 2]
             h, c = h_marks[k], None if c_marks is None else c_marks[k]
-            saved = self.run(k, h, c, True)[-1]
+            if sums is not None:
+                saved = self.run(k, h, c, True)[-1]
 
             def part(t, begin=begin, end=end):
                 return None if t is None else t[begin:end]
@@ -94,7 +105,7 @@ class _OneWay:
                 )
             else:
                 states = (None if t is None else t[begin:end].unsqueeze(0) for t in (d_h_all, d_c_all))
-                found = ops.layer_backward(*arguments, saved, part(d_output), d_h, d_c, *states, False, False, *last)
+                found = ops.layer_backward(*arguments, *saved, part(d_output), d_h, d_c, *states, False, False, *last)
             if d_input is not None:
                 d_input[begin:end] = found[0]
             d_h, d_c = found[1], found[2] if c is not None else None
@@ -183,12 +194,12 @@ _SCHEMA = (
 torch.library.define(
     "fastrnn::recomputed",
     f"({_SCHEMA}bool batch_major, bool all_states) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor h_all, "
-    "Tensor c_all, Tensor h_marks, Tensor c_marks)",
+    "Tensor c_all, Tensor h_marks, Tensor c_marks, Tensor[] saved)",
 )
 torch.library.define(
     "fastrnn::recomputed_backward",
-    f"({_SCHEMA}Tensor h_marks, Tensor c_marks, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
-    "Tensor? d_c_all, bool batch_major, bool[] needs) -> Tensor[]",
+    f"({_SCHEMA}Tensor h_marks, Tensor c_marks, Tensor[] saved, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
+    "Tensor? d_h_all, Tensor? d_c_all, bool batch_major, bool[] needs) -> Tensor[]",
 )
 forward = torch.ops.fastrnn.recomputed.default
 backward = torch.ops.fastrnn.recomputed_backward.default
@@ -220,16 +231,17 @@ def _(*arguments):
             call.columns(output, d).copy_(call.turned(to, d))
             if states is not None:
                 c_all[d] = call.turned(states, d)
-    h_n, c_n = (None if parts[0] is None else torch.cat(parts).to(call.dtype) for parts in zip(*last))
+    h, c, saved = zip(*last)
+    h_n, c_n = (None if parts[0] is None else torch.cat(parts).to(call.dtype) for parts in (h, c))
     h_all = torch.stack([call.columns(output, d) for d in range(D)]) if all_states else None
     results = [call.packed(output), h_n, c_n, h_all, c_all]
     c_marks = x.new_empty(0, dtype=call.wide) if c_marks is None else c_marks
-    return (*(x.new_empty(0) if t is None else t for t in results), h_marks, c_marks)
+    return (*(x.new_empty(0) if t is None else t for t in results), h_marks, c_marks, sum(saved, []))
 
 
 @torch.library.impl("fastrnn::recomputed_backward", "CPU")
 def _(*arguments):
-    *arguments, h_marks, c_marks, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs = arguments
+    *arguments, h_marks, c_marks, saved, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs = arguments
     call = _Call(*arguments)
     x, D, lstm = call.x, call.D, call.cell == "lstm"
     per, resets = len(call.weights) // D, call.h_reset is not None
@@ -246,7 +258,8 @@ def _(*arguments):
         of_all = (None if t is None else call.turned(t[d], d) for t in (d_h_all, d_c_all))
         found.append(
             call.direction(d).backward(
-                h_marks[:, part], c_marks[:, part] if lstm else None, call.turned(call.columns(d_output, d), d),
+                h_marks[:, part], c_marks[:, part] if lstm else None, saved if D == 1 else saved[d : d + 1],
+                call.turned(call.columns(d_output, d), d),
                 call.of(d_h_n, d), call.of(d_c_n, d), *of_all, to,
                 [*needs[1:3], *needs[3 + d * per : 3 + (d + 1) * per], *(needs[-2:] if resets else ())],
             )
@@ -268,12 +281,15 @@ def _(
     batch_major, all_states,
 ):  # fmt: skip
     D = 2 if bidirectional else 1
-    T, B, _, H, P, _ = fakes.sizes(cell, input, weights, D, num_layers, batch_sizes, h0, c0, reset)
+    T, B, _, H, P, projection = fakes.sizes(cell, input, weights, D, num_layers, batch_sizes, h0, c0, reset)
     L, lstm, wide = num_layers * D, cell == "lstm", torch.float64 if input.dtype == torch.float64 else torch.float32
     output = input.new_empty(input.size(0), D * P)
     if batch_sizes is None:
         output = fakes.empty_rows(input, T, B, D * P, batch_major)
     count = _mark_count(T, B)
+    last = T - _bound(count - 2, count - 1, T)
+    saved = [fakes.tape(cell, input, (1, last * B), H, P, projection, True) for _ in range(L)]
+    saved += [input.new_empty(last, B, P) for _ in range(1, num_layers)]
     return (
         output,
         input.new_empty(L, B, P),
@@ -282,13 +298,14 @@ def _(
         input.new_empty(D, T, B, H) if all_states and lstm else input.new_empty(0),
         input.new_empty(count, L, B, P, dtype=wide),
         input.new_empty(count, L, B, H, dtype=wide) if lstm else input.new_empty(0, dtype=wide),
+        saved,
     )
 
 
 @torch.library.register_fake("fastrnn::recomputed_backward")
 def _(
     cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, num_layers, precision, h_reset, c_reset,
-    h_marks, c_marks, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs,
+    h_marks, c_marks, saved, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs,
 ):  # fmt: skip
     return fakes.gradients(input, batch_major, needs, h0, c0, weights, h_reset, c_reset)
 
