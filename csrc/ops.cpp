@@ -149,7 +149,7 @@ std::array<Tensor, 3> run_stack(const Arguments& a, bool bidirectional, bool bat
     if (!header) part.weights.assign(a.weights.begin() + k * per_layer, a.weights.begin() + (k + 1) * per_layer);
     problems.push_back(check(part, bidirectional, one_step, header, k));
     Problem& p = problems.back();
-    if (!one_step) read_state_dtype(p, a.h0);
+    if (!one_step && !header) read_state_dtype(p, a.h0);
     Forward& f = layers[k];
     static_cast<Layer&>(f) = p.layer;
     const int64_t D = f.D, size = state_size(p), state = D * f.B * f.P * size, cell = D * f.B * f.H * size;
@@ -296,17 +296,18 @@ bool overlap(const Tensor& a, const Tensor& b) {
   return a.numel() && b.numel() && a.data_ptr() < end(b) && b.data_ptr() < end(a);
 }
 
-// One step of layers on top of each other, onto the states that the caller owns: nothing else is allocated.
+// One step of layers on top of each other, onto the states that the caller owns: nothing else is allocated. All is
+// checked before anything is written.
 void step_onto(StableIValue* stack, uint64_t, uint64_t) {
   Reader reader(stack);
-  Tensor h = reader.take<Tensor>();
+  const Tensor h = reader.take<Tensor>();
   const std::optional<Tensor> c = reader.take_optional();
   Arguments a;
   a.cell = reader.take_string();
   a.input = reader.take<Tensor>();
   a.weights = reader.take<std::vector<Tensor>>();
   const auto packed = reader.take_optional();
-  int64_t count = reader.take<int64_t>();
+  const int64_t count = reader.take<int64_t>();
   const auto reset = reader.take_optional();
   take_reset_states(reader, a);
   a.precision = take_precision(reader);
@@ -320,50 +321,64 @@ void step_onto(StableIValue* stack, uint64_t, uint64_t) {
   part.h_reset = part.c_reset = std::nullopt;
   std::vector<Problem> problems;
   problems.reserve(static_cast<size_t>(count));
-  const void *h_reset = nullptr, *c_reset = nullptr;
   for (int64_t k = 0; k < count; ++k) {
     if (!header) part.weights.assign(a.weights.begin() + k * per_layer, a.weights.begin() + (k + 1) * per_layer);
+    if (k == 1) {  // the input of each layer is the state of the one below
+      if (h.dim() != 3 || h.size(0) != count)
+        fail("h: expected shape (L, B, P) with L = ", count, ", got ", shape_of(h));
+    }
     if (k) part.input = stable::select(h, 0, k - 1);
     problems.push_back(check(part, false, true, header, k));
-    Problem& p = problems.back();
+    if (k) check_alike(problems.back(), problems[0], k);
+  }
+  Problem& first = problems[0];
+  const int64_t B = first.layer.B, P = first.layer.P, H = first.layer.H;
+  const bool flat = h.defined() && h.dim() == 2 && count == 1;
+  const auto shape = [&](int64_t rows, int64_t width) { return flat ? Shape{rows, width} : Shape{count, rows, width}; };
+  const auto check_state = [&](const Tensor& t, const char* name, int64_t width, const char* letters) {
+    check_tensor(t, name, first.dtype, shape(B, width), letters);
+    if (!t.is_contiguous()) fail(name, ": expected a contiguous tensor to write to, got one with other strides");
+  };
+  check_no_c(first, c, "c");
+  check_no_c(first, a.c_reset, "c_reset");
+  if (first.cell->has_c && !c) fail("c: expected a tensor for cell '", first.cell->name, "', got None");
+  check_state(h, "h", P, "(L, B, P)");
+  if (c) check_state(*c, "c", H, "(L, B, H)");
+  if (c && overlap(*c, h)) fail("c: expected memory of its own, got some of h's");
+  if (reset) check_tensor(*reset, "reset", aoti_torch_dtype_bool(), {B}, "(B,)");
+  const auto apart = [&](const Tensor& t) { return overlap(h, t) || (c && overlap(*c, t)) ? stable::clone(t) : t; };
+  // The same for every row, or for each its own.
+  const bool one = a.h_reset && B != 1 && a.h_reset->defined() && a.h_reset->dim() >= 2 &&
+                   a.h_reset->size(a.h_reset->dim() - 2) == 1;
+  const auto start_of = [&](std::optional<Tensor>& start, const char* name, int64_t width) {
+    if (!start) return static_cast<const void*>(nullptr);
+    check_tensor(*start, name, first.dtype, shape(one ? 1 : B, width), "(L, B or 1, width)");
+    start = apart(*start);
+    return kept_data(first, *start);
+  };
+  const void* const h_reset = start_of(a.h_reset, "h_reset", P);
+  const void* const c_reset = start_of(a.c_reset, "c_reset", H);
+  const Tensor input = apart(a.input);
+  first.input = rows_contiguous(input);
+  first.layer.x = rows_of(first.input, true);
+
+  const int64_t size = h.element_size(), state = B * P * size, cell = B * H * size;
+  for (int64_t k = 0; B && k < count; ++k) {
     Forward f;
-    static_cast<Layer&>(f) = p.layer;
-    const Shape flat[] = {{f.B, f.P}, {f.B, f.H}}, deep[] = {{count, f.B, f.P}, {count, f.B, f.H}};
-    if (k == 0) {
-      const Shape* const shape = h.defined() && h.dim() == 2 && count == 1 ? flat : deep;
-      const auto check_state = [&](const Tensor& t, const char* name, const Shape& expected, const char* letters) {
-        check_tensor(t, name, p.dtype, expected, letters);
-        if (!t.is_contiguous()) fail(name, ": expected a contiguous tensor to write to, got one with other strides");
-      };
-      check_no_c(p, c, "c");
-      check_no_c(p, a.c_reset, "c_reset");
-      if (p.cell->has_c && !c) fail("c: expected a tensor for cell '", p.cell->name, "', got None");
-      check_state(h, "h", shape[0], "(L, B, P)");
-      if (c) check_state(*c, "c", shape[1], "(L, B, H)");
-      if (c && overlap(*c, h)) fail("c: expected memory of its own, got some of h's");
-      h_reset = keep(p, a.h_reset, "h_reset", shape[0], "(L, B, P)", p.dtype);
-      c_reset = keep(p, a.c_reset, "c_reset", shape[1], "(L, B, H)", p.dtype);
-      if (reset) check_tensor(*reset, "reset", aoti_torch_dtype_bool(), {f.B}, "(B,)");
-      if (overlap(h, a.input) || (c && overlap(*c, a.input))) {
-        p.input = rows_contiguous(stable::clone(a.input));
-        f.x = rows_of(p.input, true);
-      }
-    } else {
-      check_alike(p, problems[0], k);
-    }
-    const int64_t size = h.element_size(), state = f.B * f.P * size, cell = f.B * f.H * size;
+    static_cast<Layer&>(f) = problems[static_cast<size_t>(k)].layer;
     f.h_n = of_layer(h.data_ptr(), k, state);
     f.h0 = f.h_n;
-    f.y = {f.h_n, 0, f.P};
+    f.y = {f.h_n, 0, P};
     if (c) f.c_n = of_layer(c->data_ptr(), k, cell);
     f.c0 = f.c_n;
-    f.h_reset = of_layer(h_reset, k, state);
-    f.c_reset = of_layer(c_reset, k, cell);
+    f.one_reset = one;
+    f.h_reset = of_layer(h_reset, k, one ? P * size : state);
+    f.c_reset = of_layer(c_reset, k, one ? H * size : cell);
     if (reset) {
       f.reset = static_cast<const bool*>(reset->data_ptr());
       f.reset_row = reset->stride(0);
     }
-    if (f.B) current().forward(f, team());
+    current().forward(f, team());
   }
 }
 
@@ -408,7 +423,8 @@ std::vector<Tensor> allocate_operands(const Problem& p, Backward& b) {
   return operands;
 }
 
-// Layers on top of each other, the last one first. needs, and the result: input, h0, c0, the weights of all layers.
+// Layers on top of each other, the last one first. needs, and the result: input, h0, c0, the weights of all layers, and
+// h_reset and c_reset if that is asked.
 // operands: to be filled, of one layer; or null.
 std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const Incoming& incoming, bool bidirectional,
                                  bool batch_major, int64_t count, const std::vector<bool>& needs,
@@ -507,8 +523,8 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
     b.dc_reset = of_layer(states[3], k, cell);
 
     Tensor dx;
+    const bool wide = k == 0 && p.state != p.dtype;  // for a caller who adds up more of them
     if (k > lowest || needs[0]) {
-      const bool wide = k == 0 && p.state != p.dtype;  // for a caller who adds up more of them
       b.dx_is_compute = wide || (b.D == 2 && p.dtype != p.compute);
       const int32_t dtype = b.dx_is_compute ? p.compute : p.dtype;
       dx = flat ? empty({p.N, b.I}, dtype) : empty_rows(b.T, b.B, b.I, batch_major && k == 0, dtype);
@@ -521,7 +537,7 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
       if (dy) between.push_back(*dy);
     } else {
       if (b.B) current().backward(b, team());
-      if (b.dx_is_compute && p.state == p.dtype) dx = stable::to(dx, p.input.scalar_type());
+      if (b.dx_is_compute && !wide) dx = stable::to(dx, p.input.scalar_type());
     }
     if (k == 0 && needs[0]) results[0] = dx;
     dy = dx;  // memory for two layers' will do, unless they are worked on side by side

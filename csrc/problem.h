@@ -68,6 +68,7 @@ struct Layer {
   // What a state starts from where reset has cut it.
   const void* h_reset = nullptr;  // [D, B, P] state; null: zero
   const void* c_reset = nullptr;  // [D, B, H] state; null: zero
+  bool one_reset = false;         // they are [D, 1, ...], the same for every row
 };
 
 struct Forward : Layer {
@@ -91,7 +92,7 @@ struct Backward : Layer {
   const void* dh_all = nullptr;  // [D, T, B, P] storage; null: zero
   const void* dc_all = nullptr;  // [D, T, B, H] storage; null: zero
   Rows dx;                       // [T, B, I] storage; data null: not wanted
-  bool dx_is_compute = false;    // dx is of the compute dtype: two directions add up in it
+  bool dx_is_compute = false;    // dx is of the compute dtype: two directions add up in it, or the caller's pieces
   void* dh0 = nullptr;           // [D, B, P] state; null: not wanted
   void* dc0 = nullptr;           // [D, B, H] state; null: not wanted
   void* dh_reset = nullptr;      // [D, B, P] state; null: not wanted

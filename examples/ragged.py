@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
 import re
 import sys
 import sysconfig
@@ -30,8 +29,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import fastrnn
-from fastrnn.demo import positive, smooth
-from fastrnn.terminal import Progress, print_table
+from fastrnn.demo import smooth
+from fastrnn.terminal import Progress, picture, positive, print_table, seed
 
 PACKAGES = ["asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml"]
 CELLS = {"gru": "GRU", "lstm": "LSTM"}
@@ -241,20 +240,6 @@ def draw(theirs: Trainee, ours: Trainee, accuracies: list[float], data: Data, ar
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-
-
-def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, got {text!r}")
-    return int(text)
-
-
-def picture(text: str) -> Path:
-    """Where the picture goes, found out before training and not after it."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"expected a file name in a folder that can be written to, got {text!r}")
-    return path
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,7 +18,6 @@ CleanRL's ppo_atari_lstm.py.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections import deque
@@ -32,8 +31,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 import fastrnn
-from fastrnn.demo import positive
-from fastrnn.terminal import Progress, print_table
+from fastrnn.terminal import Progress, picture, positive, print_table, seed
 
 FULL = dict(envs=16, steps=128, updates=400)
 QUICK = dict(envs=4, steps=32, updates=12)
@@ -375,20 +373,6 @@ def draw(learners: list[Learner], comparison: Comparison, args: argparse.Namespa
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-
-
-def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, got {text!r}")
-    return int(text)
-
-
-def picture(text: str) -> Path:
-    """Where the picture goes, found out before training and not after it."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"expected a file name in a folder that can be written to, got {text!r}")
-    return path
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from fastrnn.terminal import Progress, print_table, rich_console
+from fastrnn.terminal import Progress, positive, print_table, rich_console
 
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 FULL = dict(steps=400, hidden=256, layers=2, batch=32, length=64)
@@ -39,16 +39,6 @@ EARLY, EARLY_LIMIT = 10, 1e-3  # in the first ten steps rounding cannot have gro
 
 class BadArgument(ValueError):
     """The command line asks for something that cannot be done: printed as one line, exit code 2."""
-
-
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from fastrnn import autograd, ops
 from fastrnn.plan import REAL, SERVED, Route, precision
+
+
+_step_onto = getattr(ops.step_onto, "_op", ops.step_onto)  # without the overload's frame, as ops.frozen
 
 
 class Frozen:
@@ -64,6 +68,36 @@ class Frozen:
             return ops.frozen(self.packed, input, h0, c0, batch_first)
         except RuntimeError:
             return None
+
+    def step(self, module: torch.nn.Module, input, hx, lstm: bool, dim: int, reset, reset_state) -> bool:
+        """Whether the operator has done a step onto hx, whose tensors are to have `dim` dimensions; else the long way
+        (stepping.py)."""
+        if type(input) is not Tensor or not undisturbed() or not self.serves(module):
+            return False
+        h, c = hx, None
+        if lstm:
+            if type(hx) is not tuple or len(hx) != 2 or type(hx[1]) is not Tensor or hx[1].requires_grad:
+                return False
+            h, c = hx
+        if (
+            type(h) is not Tensor
+            or h.dim() != dim
+            or h.requires_grad
+            or (module.training and getattr(module, "dropout", 0))
+        ):
+            return False
+        layers = module.num_layers if dim == 3 else 1
+        try:
+            if reset is None:
+                _step_onto(h, c, "", input, [], self.packed, layers)
+            else:
+                starts = (None, None) if reset_state is None else reset_state if lstm else (reset_state, None)
+                _step_onto(h, c, "", input, [], self.packed, layers, reset, *starts)
+        except (RuntimeError, TypeError):
+            return False
+        # An operator without rules for autograd does not tell it what it has written to.
+        increment_version(h if c is None else hx)
+        return True
 
     def __deepcopy__(self, memo):
         for _, source, version, address in self.sources:

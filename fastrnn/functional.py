@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import autograd, frozen, ops, reference, transforms
+from fastrnn import recompute as chunks
 from fastrnn.plan import KERNEL, SERVED, TORCH, TRANSFORMED, plan, precision
 
 _VF = {"rnn_tanh": torch._VF.rnn_tanh, "rnn_relu": torch._VF.rnn_relu, "lstm": torch._VF.lstm, "gru": torch._VF.gru}
@@ -71,7 +72,9 @@ def run(
         reset = reset.to(x.device)
 
     D = 2 if bidirectional else 1
-    recompute = recompute and route.path is KERNEL and autograd.needed(x, h0, c0, weights, *starts)
+    if recompute:
+        recompute = route.path is KERNEL and autograd.needed(x, h0, c0, weights, *starts)
+        recompute = recompute and chunks.worthwhile(x.size(0) if batch_sizes is None else batch_sizes.size(0))
     at_once = in_one_call(route, num_layers, dropout, training, all_states, recompute and bidirectional)
     if packed is not None and at_once and not all_states and frozen.usable(route, x, h0, c0, weights, *starts):
         output, h_n, c_n = ops.frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset, *starts)
@@ -322,9 +325,9 @@ def lstm(
         all_states: also return the states after every step, time-major: (h (L*D, T, B, P), c (L*D, T, B, H)).
         reset_state: what states start from where `reset` separates steps, instead of zero: (h (L*D, B or 1, P), c (L*D,
             B or 1, H)), without B if unbatched. Differentiable: it may be learned.
-        recompute: keep for backward only the states at the ends of chunks of steps, and run each chunk again there: a
-            small part of the memory, for about a third more time. Results are the same bits; gradients of weights are
-            added up in another order.
+        recompute: keep for backward the states at the ends of chunks of steps and the last chunk whole, and run the
+            others again there: for long sequences a small part of the memory, for about a third more time. The same
+            bits, but for the gradients of weights and reset states, which are added up in another order.
 
     Returns:
         (output, (h_n, c_n)), or (output, (h_n, c_n), (h_all, c_all)) with all_states. output (T, B, D*P) in input's

@@ -172,7 +172,7 @@ def _forward(self, input, hx, positional, reset, lengths, all_states, reset_stat
             cell, reset_state, data, layers, B, H, self.proj_size or H, unbatched
         )
 
-    recompute = self.__dict__.get("recompute", False)
+    recompute = getattr(self, "recompute", False)  # torch.nn's own objects, under patch(), have none
     if packed:
         found = functional.run_packed(
             cell, input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
@@ -209,9 +209,9 @@ def twin(self: nn.Module, base: type[nn.Module], forward, torch_forward) -> nn.M
 def _class_doc(base: type[nn.Module]) -> str:
     return f"""torch.nn.{base.__name__} on fastrnn's kernels: the same constructor, parameters and results.
 
-    recompute (keyword, and attribute): keep for backward only the states at the ends of chunks of steps, and run each
-    chunk again there: a small part of the memory, for about a third more time. The same bits, but for gradients of
-    weights, which are added up in another order.
+    recompute (keyword, and attribute): keep for backward the states at the ends of chunks of steps and the last chunk
+    whole, and run the others again there: for long sequences a small part of the memory, for about a third more time.
+    The same bits, but for the gradients of weights and reset states, which are added up in another order.
 
     {base.__doc__}"""
 

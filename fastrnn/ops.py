@@ -43,18 +43,17 @@ EXACT, BF16 = 0, 2  # csrc/problem.h: Precision
 # One entry for each cell, from csrc/cells.h: name, gates, slots, x_first, hidden_gate, tape, has_c.
 CELLS: dict[str, dict] = {cell["name"]: cell for cell in _C.cells()}
 
-_layer = torch.ops.fastrnn.layer.default
-_layer_backward = torch.ops.fastrnn.layer_backward.default
-_step = torch.ops.fastrnn.step.default
-_step_onto = torch.ops.fastrnn.step_.default
-_stack = torch.ops.fastrnn.stack.default
-_stack_backward = torch.ops.fastrnn.stack_backward.default
-_layer_operands = torch.ops.fastrnn.layer_operands.default
-_pack = torch.ops.fastrnn.pack.default
-# The overload's own call does no more than this one, whose frame is 4 % of a step of a small frozen layer.
-_frozen = getattr(torch.ops.fastrnn.frozen.default, "_op", torch.ops.fastrnn.frozen.default)
+
+def _operator(overload):
+    """Makes the name of a function that only documents an operator the operator itself: no frame, no argument list."""
+
+    def replace(_documented):
+        return overload
+
+    return replace
 
 
+@_operator(torch.ops.fastrnn.layer.default)
 def layer(
     cell: str,
     input: Tensor,
@@ -97,17 +96,9 @@ def layer(
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _layer(
-        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, save,
-        precision, *_given(h_reset, c_reset),
-    )  # fmt: skip
 
 
-def _given(h_reset: Tensor | None, c_reset: Tensor | None) -> tuple:
-    """The last arguments of an operator; what is left out costs nothing, each None 0.1 us."""
-    return () if h_reset is None else (h_reset, c_reset)
-
-
+@_operator(torch.ops.fastrnn.stack.default)
 def stack(
     cell: str,
     input: Tensor,
@@ -138,12 +129,9 @@ def stack(
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _stack(
-        cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, num_layers, saved_from,
-        precision, *_given(h_reset, c_reset),
-    )  # fmt: skip
 
 
+@_operator(torch.ops.fastrnn.pack.default)
 def pack(cell: str, weights: list[Tensor], bidirectional: bool, num_layers: int, precision: int = 0) -> Tensor:
     """The weights of all layers as the kernels of the instruction set in use read them for products of this precision,
     for `frozen`.
@@ -156,7 +144,10 @@ def pack(cell: str, weights: list[Tensor], bidirectional: bool, num_layers: int,
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _pack(cell, weights, bidirectional, num_layers, precision)
+
+
+# The overload's own call does no more than this one, whose frame is 4 % of a step of a small frozen layer.
+_frozen = getattr(torch.ops.fastrnn.frozen.default, "_op", torch.ops.fastrnn.frozen.default)
 
 
 def frozen(
@@ -181,14 +172,15 @@ def frozen(
         RuntimeError: naming the argument, what was expected, what came; also when the instruction set in use is not
         the one that the weights were packed for.
     """
-    # What is left out costs nothing.
+    # What is left out costs nothing, each None 0.1 us.
     if batch_sizes is None and lengths is None and reset is None:
         if h0 is None and c0 is None and not batch_first:
             return _frozen(packed, input)
         return _frozen(packed, input, h0, c0, batch_first)
-    return _frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset, *_given(h_reset, c_reset))
+    return _frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset, h_reset, c_reset)
 
 
+@_operator(torch.ops.fastrnn.step.default)
 def step(
     cell: str,
     input: Tensor,
@@ -214,9 +206,9 @@ def step(
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _step(cell, input, h0, c0, weights, save, precision)
 
 
+@_operator(torch.ops.fastrnn.step_.default)
 def step_onto(
     h: Tensor,
     c: Tensor | None,
@@ -241,9 +233,9 @@ def step_onto(
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    _step_onto(h, c, cell, input, weights, packed, num_layers, reset, h_reset, c_reset, precision)
 
 
+@_operator(torch.ops.fastrnn.layer_backward.default)
 def layer_backward(
     cell: str,
     input: Tensor,
@@ -273,12 +265,9 @@ def layer_backward(
     are float32 and input is not, all gradients but that of the output are too. Incoming gradients may be None (zero)
     and of any strides. `batch_major` gives the gradient of the input the layout that it gives `layer`'s output.
     """
-    return _layer_backward(
-        cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all,
-        bidirectional, batch_major, needs, precision, *_given(h_reset, c_reset),
-    )  # fmt: skip
 
 
+@_operator(torch.ops.fastrnn.layer_operands.default)
 def layer_operands(
     cell: str,
     input: Tensor,
@@ -314,10 +303,6 @@ def layer_operands(
     Raises:
         RuntimeError: naming the argument, what was expected, what came.
     """
-    return _layer_operands(
-        cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all,
-        bidirectional, batch_major, needs, *_given(h_reset, c_reset),
-    )  # fmt: skip
 
 
 def roles(count: int) -> list[str]:
@@ -333,6 +318,7 @@ def by_gate(cell: str, slots: Tensor) -> tuple[Tensor, Tensor]:
     return slots[:, :, first : first + G].flatten(2), of_h.flatten(2)
 
 
+@_operator(torch.ops.fastrnn.stack_backward.default)
 def stack_backward(
     cell: str,
     input: Tensor,
@@ -356,7 +342,3 @@ def stack_backward(
 ) -> list[Tensor]:
     """Back-propagation through time for the same arguments as `stack` and what it saved. All else as for
     `layer_backward`."""
-    return _stack_backward(
-        cell, input, h0, c0, weights, batch_sizes, lengths, reset, saved, d_output, d_h_n, d_c_n, bidirectional,
-        batch_major, num_layers, needs, precision, *_given(h_reset, c_reset),
-    )  # fmt: skip

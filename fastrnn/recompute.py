@@ -6,8 +6,8 @@ back-propagation through it, whose gradients of the states go on to the chunk be
 tape of a chunk, and the kept states are a small part of that (Gruslys et al. 2016, "Memory-Efficient Backpropagation
 Through Time", with chunks of equal length).
 
-Results are the same bits as without, but for the gradients of the weights, which are added up in another order. States
-between chunks are float32 when the storage is 16-bit, as they are inside the kernels.
+Results are the same bits as without, but for the gradients of weights and reset states, which are added up in another
+order. States between chunks are float32 when the storage is 16-bit, as they are inside the kernels.
 
 A reverse direction is a forward direction over rows turned round, each within its length. Layers of one direction go
 through a chunk together; those of two, one after the other (functional.py).
@@ -26,6 +26,11 @@ from fastrnn import fakes, ops, reference
 # Steps of a chunk: as many as give so many rows, but not more than this part of the sequence, and not less than so
 # many. Shorter ones make the operators' own costs and the packing of the weights dear, longer ones the tape.
 _ROWS, _PARTS, _FEWEST = 4096, 5, 16
+
+
+def worthwhile(T) -> bool:
+    """Whether there would be more than one chunk. Not asked of a graph that is to serve every length."""
+    return torch.compiler.is_compiling() or T > _FEWEST
 
 
 def _mark_count(T, B):
@@ -116,6 +121,35 @@ class _OneWay:
         return [d_h, d_c, *sums]
 
 
+def _check(cell, input, states, weights, batch_sizes, lengths, reset, num_layers, D) -> None:
+    """What the operators do not see, because they get chunks of it."""
+    if cell not in ops.CELLS:
+        raise RuntimeError(f"cell: expected one of {', '.join(map(repr, ops.CELLS))}, got {cell!r}")
+    if num_layers < 1 or len(weights) < 2 * num_layers:
+        raise RuntimeError(f"weights: expected at least two for each of {num_layers} layer(s), got {len(weights)}")
+    if input.dim() != (3 if batch_sizes is None else 2) or not input.size(0):
+        expected = "(T, B, input_size), T >= 1" if batch_sizes is None else "(N, input_size)"
+        raise RuntimeError(f"input: expected shape {expected}, got {tuple(input.shape)}")
+    T, B = (batch_sizes.size(0), int(batch_sizes[0])) if batch_sizes is not None else input.shape[:2]
+    H, P = weights[1].size(0) // ops.CELLS[cell]["gates"], weights[1].size(-1)
+    for name, state in states.items():
+        if state is None:
+            continue
+        if name[0] == "c" and not ops.CELLS[cell]["has_c"]:
+            raise RuntimeError(f"{name}: expected None for cell {cell!r}, got a tensor")
+        if state.dtype != input.dtype:
+            raise RuntimeError(f"{name}: expected dtype {input.dtype} as input's, got {state.dtype}")
+        expected = (num_layers * D, B, P if name[0] == "h" else H)
+        if tuple(state.shape) != expected:
+            raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(state.shape)}")
+    if reset is not None and tuple(reset.shape) != (T, B):
+        raise RuntimeError(f"reset: expected shape (T, B) = ({T}, {B}), got {tuple(reset.shape)}")
+    if lengths is not None and lengths.numel():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > T:
+            raise RuntimeError(f"lengths: expected values from 0 to T = {T}, got {low if low < 0 else high}")
+
+
 class _Call:
     """A layer, or layers of one direction: the arguments of the operators, as sequences (T, B, ...)."""
 
@@ -123,14 +157,14 @@ class _Call:
         self, cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, num_layers, precision, h_reset,
         c_reset,
     ):  # fmt: skip
-        self.cell, self.num_layers, self.precision = cell, num_layers, precision
         self.D = 2 if bidirectional else 1
+        states = {"h0": h0, "c0": c0, "h_reset": h_reset, "c_reset": c_reset}
+        _check(cell, input, states, weights, batch_sizes, lengths, reset, num_layers, self.D)
+        self.cell, self.num_layers, self.precision = cell, num_layers, precision
         self.dtype, self.rows = input.dtype, None
         self.wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         if batch_sizes is not None:
             input, self.rows, lengths = reference.unpack(input, batch_sizes)
-            if reset is not None:
-                reset = reset[: input.size(0)]
         self.x, self.weights, self.lengths, self.reset = input, weights, lengths, reset
         self.T, self.B = input.shape[:2]
         self.H, self.P = weights[1].size(0) // ops.CELLS[cell]["gates"], weights[1].size(1)

@@ -1,10 +1,15 @@
-"""What `python -m fastrnn` prints with: progress and tables, by rich on a terminal, as plain lines elsewhere."""
+"""What `python -m fastrnn` and the examples print with: progress and tables, by rich on a terminal, as plain lines
+elsewhere; and the types of their arguments.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def rich_console():
@@ -82,3 +87,27 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         cells = [f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         print("  ".join(cells).rstrip())
     print(flush=True)
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, got {text!r}")
+    return int(text)
+
+
+def picture(text: str) -> Path:
+    """Where the picture goes, found out before training and not after it."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file name in a folder that can be written to, got {text!r}")
+    return path

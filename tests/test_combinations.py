@@ -2,6 +2,7 @@
 gradients sample by sample, checkpointing and gradients of gradients.
 
 What each option does by itself is tested elsewhere; here, that they do it together, whatever acts on the call.
+recompute does nothing under torch.func and for gradients of gradients: there it must do no harm.
 """
 
 import functools

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import torch._dynamo
-from conftest import KINDS, build, close, flat, tensors_in
+from conftest import KINDS, build, equal, flat, tensors_in
 from torch import nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.utils import run_and_get_code
@@ -66,9 +66,9 @@ def test_functional_is_one_graph(kind, options):
     rnn, x = build(kind, 5, 7, num_layers=2, bidirectional=True), torch.randn(6, 4, 5, requires_grad=True)
     f = functional(kind, rnn, **given)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    close(train(compiled, x, rnn.parameters()), train(f, x, rnn.parameters()))
+    equal(train(compiled, x, rnn.parameters()), train(f, x, rnn.parameters()))
     with torch.no_grad():
-        close(compiled(x), f(x))
+        equal(compiled(x), f(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,20 +81,20 @@ def test_modules_are_one_graph_with_the_flag(kind, allow_rnn):
         lambda v: rnn(v, lengths=torch.tensor([6, 3, 1, 2])),
     ):
         compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-        close(train(compiled, x, rnn.parameters()), train(f, x, rnn.parameters()))
+        equal(train(compiled, x, rnn.parameters()), train(f, x, rnn.parameters()))
 
 
 @pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
 def test_cells_are_one_graph_without_any_flag(name):
     cell, x = getattr(fastrnn, name)(5, 7), torch.randn(4, 5, requires_grad=True)
     compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
-    close(train(compiled, x, cell.parameters()), train(cell, x, cell.parameters()))
+    equal(train(compiled, x, cell.parameters()), train(cell, x, cell.parameters()))
 
 
 def test_modules_without_the_flag_break_the_graph_and_stay_right():
     model = nn.Sequential(nn.Linear(5, 5), fastrnn.GRU(5, 7))
     x = torch.randn(6, 4, 5, requires_grad=True)
-    close(train(torch.compile(model, backend="aot_eager"), x, model.parameters()), train(model, x, model.parameters()))
+    equal(train(torch.compile(model, backend="aot_eager"), x, model.parameters()), train(model, x, model.parameters()))
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(model, backend="eager", fullgraph=True)(x)
 
@@ -113,7 +113,7 @@ def test_one_tensor_in_two_places_compiles(allow_rnn):
         return rnn(v, (h, h))
 
     leaves = [h, *rnn.parameters()]
-    close(train(torch.compile(f, fullgraph=True, backend="aot_eager"), x, leaves), train(f, x, leaves))
+    equal(train(torch.compile(f, fullgraph=True, backend="aot_eager"), x, leaves), train(f, x, leaves))
 
 
 def test_compiled_autocast(allow_rnn):
@@ -123,7 +123,7 @@ def test_compiled_autocast(allow_rnn):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return rnn(v)
 
-    close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+    equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
 def test_compiled_model_runs_around_the_operator():
@@ -154,7 +154,7 @@ def test_packed_sequences_under_compile_stay_right():
         output, hidden = rnn(pack_padded_sequence(v, torch.tensor([6, 4, 4, 1])))
         return output.data, *flat(hidden)
 
-    close(torch.compile(f, backend="aot_eager")(x), f(x))
+    equal(torch.compile(f, backend="aot_eager")(x), f(x))
 
 
 # Inductor: the generated code, not only the graph.
@@ -201,7 +201,7 @@ def learn(f, leaves, *args, **given):
 def same_in_training_and_inference(compiled, model, tokens, given, operator):
     leaves = [*model.parameters(), *tensors_in(given["hx"] if "hx" in given else ())]
     found, code = run_and_get_code(learn, compiled, leaves, tokens, **given)
-    close(found, learn(model, leaves, tokens, **given))
+    equal(found, learn(model, leaves, tokens, **given))
     assert len(code) == 2, "one graph forward, one back"
     assert all("cpp_fused" in c for c in code)
     assert f"torch.ops.fastrnn.{operator}.default(" in code[0]
@@ -209,7 +209,7 @@ def same_in_training_and_inference(compiled, model, tokens, given, operator):
     model.eval()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            close(compiled(tokens, **given), model(tokens, **given))
+            equal(compiled(tokens, **given), model(tokens, **given))
 
 
 @pytest.mark.slow  # the first one, for which g++ compiles torch's headers
@@ -240,10 +240,10 @@ def test_functional_by_inductor(kind):
     leaves = [x, *rnn.parameters(), *tensors_in(given["hx"])]
     compiled = torch.compile(f, fullgraph=True)
     found = learn(compiled, leaves, x, **given)
-    close(found, learn(f, leaves, x, **given))
-    close(found, learn(rnn, leaves, x, **given))
+    equal(found, learn(f, leaves, x, **given))
+    equal(found, learn(rnn, leaves, x, **given))
     with torch.inference_mode():
-        close(compiled(x, **given), f(x, **given))
+        equal(compiled(x, **given), f(x, **given))
 
 
 def test_dropout_by_inductor(allow_rnn):
@@ -273,10 +273,10 @@ def test_cells_by_inductor(name):
     leaves = [x, *cell.parameters()]
     compiled = torch.compile(f, fullgraph=True)
     found, code = run_and_get_code(learn, compiled, leaves, x, keep)
-    close(found, learn(f, leaves, x, keep))
+    equal(found, learn(f, leaves, x, keep))
     assert "cpp_fused" in code[0] and code[0].count("torch.ops.fastrnn.step.default(") == 3
     with torch.no_grad():
-        close(compiled(x, keep), f(x, keep))
+        equal(compiled(x, keep), f(x, keep))
 
 
 @pytest.mark.parametrize("kind, what", [("LSTM", "model"), ("GRU", "model and optimizer")])
@@ -302,7 +302,7 @@ def test_training_steps_by_inductor(kind, what, allow_rnn):
         return f
 
     found = train(lambda f: torch.compile(f, fullgraph=True), eager if what == "model" else torch.compile)
-    close(found, train(eager, eager))
+    equal(found, train(eager, eager))
 
 
 # One compilation for every T and B.
@@ -345,7 +345,7 @@ def mark(rnn, x, given):
 
 def check(compiled, rnn, x, given):
     leaves = [x, *rnn.parameters(), *tensors_in(given["hx"] if "hx" in given else ())]
-    close(learn(compiled, leaves, rnn, x, given), learn(call, leaves, rnn, x, given))
+    equal(learn(compiled, leaves, rnn, x, given), learn(call, leaves, rnn, x, given))
 
 
 # In no shape is B a number that a layer has too (I 5, H 7, layers * directions): dynamic=True gives equal sizes of the
@@ -377,7 +377,7 @@ def test_all_shapes_are_one_compilation(how, kind, names, options, allow_rnn):
         for k, (T, B) in enumerate(SHAPES):
             x, given = sequence(rnn, T, B, names)
             with torch._dynamo.config.patch(error_on_recompile=k > 0):
-                close(compiled(rnn, x, given), call(rnn, x, given))
+                equal(compiled(rnn, x, given), call(rnn, x, given))
     assert len(count.graphs) == 3
 
 

@@ -6,7 +6,7 @@ create_graph in test_transforms.py, under the sanitizers in tests/csrc/driver.cp
 
 import pytest
 import torch
-from conftest import DTYPES, KINDS, build, dtype_name, flat, normal, tensors_in
+from conftest import DTYPES, KINDS, build, dtype_name, equal, flat, normal
 from torch.library import opcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
@@ -29,13 +29,6 @@ def resets():
     reset = torch.zeros(T, B, dtype=torch.bool)
     reset[0, 1] = reset[3, 0] = reset[5, 0] = reset[2, 3] = True
     return reset
-
-
-def equal(found, expected):
-    found, expected = tensors_in(found), tensors_in(expected)
-    assert len(found) == len(expected) > 0
-    for a, b in zip(found, expected, strict=True):
-        assert a.equal(b), (a - b).abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DTYPES, KINDS, build, dtype_name, flat, normal
+from conftest import DTYPES, KINDS, build, dtype_name, equal, flat, normal
 from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,11 +27,6 @@ def states_of(rnn, dtype=torch.float32, rows=B, seed=5):
     lstm = isinstance(rnn, (torch.nn.LSTM, torch.nn.LSTMCell))
     states = [normal(*lead, width, dtype=dtype, seed=seed + i) for i, width in enumerate(widths[: 1 + lstm])]
     return tuple(states) if lstm else states[0]
-
-
-def equal(found, expected):
-    for a, b in zip(flat(found), flat(expected), strict=True):
-        assert a.equal(b), (a - b).abs().max()
 
 
 def near(found, expected, dtype):
@@ -179,6 +174,80 @@ def test_input_in_the_states_own_memory():
     equal(buffer[:2].unbind(), [t.detach() for t in expected])
 
 
+@pytest.mark.parametrize("name", ["LSTM", "LSTM projected", "LSTMCell"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_states_in_the_same_memory_are_refused(name, frozen):
+    rnn = sequence(name) if name in SEQUENCES else getattr(fastrnn, name)(I, H)
+    if frozen:
+        rnn.eval().freeze()
+    h, c = states_of(rnn)
+    buffer = normal(2 * h.numel() + c.numel())
+    shifted = buffer[: h.numel()].view_as(h), buffer[h.numel() - 1 :][: c.numel()].view_as(c)
+    for states in ((h, h) if h.shape == c.shape else shifted, shifted):
+        with pytest.raises(ValueError, match="hx: expected h and c in memory of their own"):
+            rnn.step(normal(B, I), states)
+    rnn.step(normal(B, I), (buffer[: h.numel()].view_as(h), buffer[h.numel() :][: c.numel()].view_as(c)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_reset_states_in_the_states_own_memory(frozen):
+    gru, x, buffer = fastrnn.GRU(I, H, num_layers=2), normal(B, I), normal(3, B, H)
+    if frozen:
+        gru.eval().freeze()
+    reset, start = torch.ones(B).bool(), buffer[:2].clone()
+    expected = gru(x[None], start)[1].detach()
+    gru.step(x, buffer[1:], reset=reset, reset_state=buffer[:2])
+    near(buffer[1:], expected, torch.float32)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell"])
+def test_states_of_other_dimensions(name, frozen):
+    rnn = fastrnn.LSTM(I, H) if name == "LSTM" else fastrnn.GRU(I, H) if name == "GRU" else fastrnn.LSTMCell(I, H)
+    if frozen:
+        rnn.eval().freeze()
+    wrong = normal(1, B, H) if name == "LSTMCell" else normal(B, H)
+    hx = (wrong, wrong.clone()) if "LSTM" in name else wrong
+    with pytest.raises((RuntimeError, ValueError)):  # torch.nn's words
+        rnn.step(normal(B, I), hx)
+
+
+def test_states_that_require_a_gradient_are_refused():
+    gru = fastrnn.GRU(I, H)
+    _, h = gru(normal(2, B, I))
+    for frozen in (False, True):
+        if frozen:
+            gru.eval().freeze()
+        with pytest.raises(ValueError, match=r"hx: expected states without gradient \(detach\(\) them\)"):
+            gru.step(normal(B, I), h)
+    gru.step(normal(B, I), h.detach())
+
+
+def test_nothing_is_written_when_something_is_wrong():
+    gru = fastrnn.GRU(I, H, num_layers=2)
+    weights = [w.detach() for w in gru.parameters()]
+    weights[5] = weights[5][:, 1:]
+    h = normal(2, B, H)
+    kept = h.clone()
+    with pytest.raises(RuntimeError, match=r"weights\[1\] \(w_hh\)"):
+        torch.ops.fastrnn.step_(h, None, "gru", normal(B, I), weights, None, 2)
+    assert h.equal(kept)
+
+
+def test_frozen_and_other_dtypes():
+    """States of another dtype than the input are no business of the kernels, frozen or not."""
+    for kind in ("LSTM", "GRU"):
+        rnn = build(kind, I, H, dtype=torch.bfloat16).eval()
+        x, wide = normal(T, B, I, dtype=torch.bfloat16), normal(1, B, H)
+        hx = (wide, wide.clone()) if kind == "LSTM" else wide
+        found = []
+        for module in (rnn, copy.deepcopy(rnn).freeze()):
+            with torch.no_grad(), pytest.raises((RuntimeError, ValueError)) as error:
+                module(x, hx)
+            found.append(str(error.value))
+        assert found[0] == found[1]
+
+
 def test_torch_notices_the_change():
     """What autograd saved of a state is not silently written over."""
     gru, h = fastrnn.GRUCell(I, H), normal(B, H)
@@ -190,21 +259,35 @@ def test_torch_notices_the_change():
     assert not h.requires_grad
 
 
+@pytest.mark.parametrize("what", ["plain", "reset", "one reset state", "strided", "autocast", "autocast bfloat16"])
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
-def test_one_graph(name):
+def test_one_graph(name, what):
     rnn = sequence(name) if name in SEQUENCES else getattr(fastrnn, name)(I, H)
-    hx, x = states_of(rnn), normal(B, I)
-    other = copy.deepcopy(hx)
+    x, options = normal(B, I), {}
+    if what in ("reset", "one reset state"):
+        options["reset"] = torch.tensor([True, False, False, True, False])
+    if what == "one reset state":
+        options["reset_state"] = states_of(rnn, rows=1, seed=9)
+    if what == "autocast bfloat16":
+        x = x.bfloat16()
+    found = []
+    for compiled in (False, True):
+        hx = states_of(rnn)
+        if what == "strided":
+            wide = [normal(*t.shape[:-1], 2 * t.shape[-1])[..., ::2].copy_(t) for t in flat(hx)]
+            hx = tuple(wide) if isinstance(hx, tuple) else wide[0]
 
-    def f(x, hx):
-        rnn.step(x, hx)
-        rnn.step(x, hx)
-        return flat(hx)[0] * 2
+        def f(x, hx):
+            with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in what):
+                rnn.step(x, hx, **options)
+                rnn.step(x, hx)
+            return flat(hx)[0] * 2
 
-    with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-        assert compiled(x, hx).equal(f(x, other))
-    equal(hx, other)
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(allow_rnn=True):
+            result = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(x, hx)
+        found.append([result, *flat(hx)])
+    equal(*found)
 
 
 @pytest.mark.parametrize("cell", ["rnn_relu", "lstm", "gru"])
@@ -251,7 +334,8 @@ def test_what_is_wrong_is_named():
         kept = [t.clone() for t in flat(hx) if t is not None]
         with pytest.raises(error, match=message):
             module.step(x, hx, **options)
-        equal([t for t in flat(hx) if t is not None], kept)
+        if kept:
+            equal(hx, kept)
     with pytest.raises(ValueError, match=r"input: expected shape \(B, I\) or \(I,\), got \(1, 5, 4\)"):
         gru.step(x[None], h[:1])
     with pytest.raises(TypeError, match="input: expected a tensor, got list"):

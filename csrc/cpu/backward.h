@@ -324,22 +324,23 @@ struct BackwardPass {
   void load_states(const Worker& w, int d, int64_t i) {
     const State& s = w.states[d];
     const int64_t b = row_of(p, w.slice.rank(i));
-    const auto load = [&](const void* from, int64_t width, int64_t padded, T* to) {
-      load_row<Singles<V>>(p, state_storage, from, d, b, width, padded, to + i * padded);
+    const int64_t own = d * p.B + b, again = reset_row(p, d, b);
+    const auto load = [&](const void* from, int64_t row, int64_t width, int64_t padded, T* to) {
+      load_row<Singles<V>>(state_storage, from, row, width, padded, to + i * padded);
     };
-    load(p.dh_n, p.P, Pp, s.dh_n);
-    load(p.h0, p.P, Pp, s.h0);
-    if (p.h_reset) load(p.h_reset, p.P, Pp, s.h_reset);
+    load(p.dh_n, own, p.P, Pp, s.dh_n);
+    load(p.h0, own, p.P, Pp, s.h0);
+    if (p.h_reset) load(p.h_reset, again, p.P, Pp, s.h_reset);
     if (p.dh_reset) zero(s.dh_reset + i * Pp, Pp);
     if (Cell::has_c) {
-      load(p.dc_n, p.H, Hp, s.dc);
-      load(p.c0, p.H, Hp, s.c0);
-      if (p.c_reset) load(p.c_reset, p.H, Hp, s.c_reset);
+      load(p.dc_n, own, p.H, Hp, s.dc);
+      load(p.c0, own, p.H, Hp, s.c0);
+      if (p.c_reset) load(p.c_reset, again, p.H, Hp, s.c_reset);
       if (p.dc_reset) zero(s.dc_reset + i * Hp, Hp);
     }
     if (length_of(p, b)) return;  // no step will write their gradients
     const auto put = [&](const T* from, void* to, int64_t width) {
-      if (to) state_storage.narrow(from, bytes(to) + (d * p.B + b) * width * state_storage.size, width);
+      if (to) state_storage.narrow(from, bytes(to) + own * width * state_storage.size, width);
     };
     put(s.dh_n + i * Pp, p.dh0, p.P);
     if (Cell::has_c) put(s.dc + i * Hp, p.dc0, p.H);

@@ -308,11 +308,12 @@ struct ForwardPass {
     T* h = s.h[0] + i * row_w;
     const bool empty = length_of(p, b) == 0, cut = !empty && d == 0 && is_cut(p, 0, 0, b);
     const void *h_first = cut ? p.h_reset : p.h0, *c_first = cut ? p.c_reset : p.c0;
-    load_row<O>(p, state_storage, h_first, d, b, p.P, Pp, h);
-    if (keeps_h) load_row<Singles<V>>(p, state_storage, h_first, d, b, p.H, Hp, s.h_own + i * Hp);
-    if (Cell::has_c) load_row<Singles<V>>(p, state_storage, c_first, d, b, p.H, Hp, s.c + i * Hp);
-    if (p.h_reset) load_row<Singles<V>>(p, state_storage, p.h_reset, d, b, p.P, Pp, s.h_reset + i * Pp);
-    if (p.c_reset) load_row<Singles<V>>(p, state_storage, p.c_reset, d, b, p.H, Hp, s.c_reset + i * Hp);
+    const int64_t again = reset_row(p, d, b), row = cut ? again : d * p.B + b;
+    load_row<O>(state_storage, h_first, row, p.P, Pp, h);
+    if (keeps_h) load_row<Singles<V>>(state_storage, h_first, row, p.H, Hp, s.h_own + i * Hp);
+    if (Cell::has_c) load_row<Singles<V>>(state_storage, c_first, row, p.H, Hp, s.c + i * Hp);
+    if (p.h_reset) load_row<Singles<V>>(state_storage, p.h_reset, again, p.P, Pp, s.h_reset + i * Pp);
+    if (p.c_reset) load_row<Singles<V>>(state_storage, p.c_reset, again, p.H, Hp, s.c_reset + i * Hp);
     if (empty) {  // no step will write them
       copy_state(p.h0, p.h_n, d * p.B + b, p.P);
       if (Cell::has_c) copy_state(p.c0, p.c_n, d * p.B + b, p.H);
@@ -340,7 +341,7 @@ struct ForwardPass {
     T* h_new;    // the state that leaves
     const State& state;
     int64_t final;    // rows from here on end with this step
-    const bool* cut;  // null: no row's next step starts from zero
+    const bool* cut;  // null: no row's next step starts anew
     bool back;        // whether to go through the groups from the last to the first (Split::alternate)
   };
 

@@ -33,7 +33,7 @@ FASTRNN_INLINE int64_t row_offset(const Layer& p, const R& rows, int64_t t, int6
   return p.packed ? (p.first_row[t] + b) * rows.row : t * rows.step + b * rows.row;
 }
 
-// Whether the state that enters step t of row b in direction d starts from zero. Only asked of active steps.
+// Whether the state that enters step t of row b in direction d is cut, and starts anew. Only asked of active steps.
 FASTRNN_INLINE bool is_cut(const Layer& p, int d, int64_t t, int64_t b) {
   if (p.reset == nullptr) return false;
   if (d == 0) return p.reset[t * p.reset_step + b * p.reset_row];
@@ -95,13 +95,16 @@ FASTRNN_INLINE void zero(T* p, int64_t n) {
   __builtin_memset(p, 0, size_t(n) * sizeof(T));
 }
 
-// Row b of direction d of a [D, B, width] tensor as words of `padded` values; zero where there is no tensor.
+// A row of a [rows, width] tensor as words of `padded` values; zero where there is no tensor.
 template <class O, class V>
-static void load_row(const Layer& p, const Storage<V>& storage, const void* from, int d, int64_t b, int64_t width,
-                     int64_t padded, typename V::T* to) {
+static void load_row(const Storage<V>& storage, const void* from, int64_t row, int64_t width, int64_t padded,
+                     typename V::T* to) {
   zero(to, O::words(padded));
-  if (from) O::read(storage, bytes(from) + (d * p.B + b) * width * storage.size, to, width);
+  if (from) O::read(storage, bytes(from) + row * width * storage.size, to, width);
 }
+
+// The row of h_reset and c_reset for row b of direction d.
+FASTRNN_INLINE int64_t reset_row(const Layer& p, int d, int64_t b) { return p.one_reset ? d : d * p.B + b; }
 
 // A vector from `at` on of what a state starts from after a cut; zero where that is nowhere.
 template <class V>

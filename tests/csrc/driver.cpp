@@ -249,9 +249,11 @@ Case random_case(bool tiny) {
     p.reset_step = p.B;
     p.reset_row = 1;
     if (integer(0, 1)) {
-      c.h_reset = random_values(state, p.D * p.B * p.P, 1);
+      p.one_reset = !tiny && integer(0, 2) == 0;  // its gradient is every row's, to be added up by the caller
+      const int64_t rows = p.one_reset ? 1 : p.B;
+      c.h_reset = random_values(state, p.D * rows * p.P, 1);
       p.h_reset = c.h_reset.data();
-      if (c.cell.has_c) c.c_reset = random_values(state, p.D * p.B * p.H, 1);
+      if (c.cell.has_c) c.c_reset = random_values(state, p.D * rows * p.H, 1);
       p.c_reset = c.c_reset.data();
     }
   }
