@@ -17,7 +17,6 @@ from torch.autograd.graph import increment_version
 from fastrnn import autograd, ops
 from fastrnn.plan import REAL, SERVED, Route, precision
 
-
 _step_onto = getattr(ops.step_onto, "_op", ops.step_onto)  # without the overload's frame, as ops.frozen
 
 
