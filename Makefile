@@ -4,7 +4,7 @@
 # are missing are added, torch is left alone. Otherwise a virtual environment is made in .venv.
 #
 #   make demo ARGS="--cell gru"      train twice and compare; arguments go to `python -m fastrnn demo`
-#   make test ARGS="-k lstm"         the whole suite; arguments go to pytest
+#   make test ARGS="-k lstm"         the whole suite, two tests at a time; arguments go to pytest (-n 0: one at a time)
 #   make lint                        ruff and clang-format
 #   make build                       compile what changed
 #   make clean                       remove everything that was made, .venv included
@@ -47,7 +47,7 @@ demo: $(stamps)/install $(stamps)/demo
 	@$(python) -m fastrnn demo $(ARGS)
 
 test: $(stamps)/install $(stamps)/demo $(stamps)/test
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest -n 2 $(ARGS)
 
 lint: $(stamps)/lint
 	@$(python) -m ruff check .

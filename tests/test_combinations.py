@@ -84,11 +84,11 @@ def test_compile(case):
     torch._dynamo.reset()
     function = {"LSTM": F.lstm, "GRU": F.gru}.get(case.kind, F.rnn)
     extra = {} if function is not F.rnn else {"nonlinearity": case.kind[4:].lower()}
-    weights, on = list(case.weights.values()), case.on
+    weights, on, two = list(case.weights.values()), case.on, case.module.bidirectional
 
     def f(x, reset, lengths, start):
         found = function(
-            x, None, weights, num_layers=2, bidirectional=case.module.bidirectional, all_states=on["all_states"],
+            x, None, weights, num_layers=2, bidirectional=two, all_states=on["all_states"],
             reset=reset if on["reset"] else None, reset_state=start if on["reset_state"] else None,
             lengths=lengths if on["lengths"] else None, recompute=on["recompute"], **extra,
         )  # fmt: skip

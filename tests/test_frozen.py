@@ -29,9 +29,11 @@ I, H = 5, 21
 def calls(monkeypatch):
     """Which operators ran, by name."""
     ran = []
-    for name in ("_layer", "_stack", "_step", "_pack", "_frozen"):
+    for name in ("layer", "stack", "step", "pack", "_frozen"):
         inner = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, _name=name, _inner=inner: (ran.append(_name[1:]), _inner(*a))[1])
+        monkeypatch.setattr(
+            ops, name, lambda *a, _name=name, _inner=inner: (ran.append(_name.lstrip("_")), _inner(*a))[1]
+        )
     return ran
 
 
