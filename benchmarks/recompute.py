@@ -143,6 +143,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     facts = conditions("float32", 0.0)
     each = len(WAYS) * (args.rounds + 2)
+    where = f"{facts['cpu']}, {facts['isa']}, {args.threads} threads, torch {torch.__version__}"
+    title = f"B {args.batch}, I = H = {args.hidden}, one layer, float32; {where}"
     found, done = [], dict.fromkeys(CELLS, 0)
     with Progress({cell: each * len(args.lengths) for cell in CELLS}) as progress:
         for T in args.lengths:
@@ -152,11 +154,18 @@ def main() -> None:
                     done[cell] += 1
                     progress.update(cell, done[cell], f"T {T:,}")
 
-                rounds = args.rounds if T < 30_000 else max(3, args.rounds // 2)
+                rounds = args.rounds if T < 30_000 else max(2, args.rounds // 2)
                 found.append(measure(cell, T, args.batch, args.hidden, rounds, tick))
                 done[cell] += len(WAYS) * (args.rounds - rounds)
-    where = f"{facts['cpu']}, {facts['isa']}, {args.threads} threads, torch {torch.__version__}"
-    title = f"B {args.batch}, I = H = {args.hidden}, one layer, float32; {where}"
+                # After each: what is interrupted keeps what it has.
+                if args.json:
+                    Path(args.json).write_text(json.dumps({"conditions": facts, "measured": found}, indent=1) + "\n")
+                if args.figure:
+                    draw(found, title, args.figure)
+    show(found, title)
+
+
+def show(found: list[dict], title: str) -> None:
     header = [
         "cell",
         "T",
@@ -176,10 +185,6 @@ def main() -> None:
             f"{kept['fastrnn'] / kept['recompute']:.1f}", *(f"{f['peak_mib'][way]:.0f}" for way in WAYS),
         ])  # fmt: skip
     print_table(title, header, rows)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"conditions": facts, "measured": found}, indent=1) + "\n")
-    if args.figure:
-        draw(found, title, args.figure)
 
 
 if __name__ == "__main__":
