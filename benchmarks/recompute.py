@@ -111,7 +111,9 @@ def draw(found: list[dict], title: str, path: str) -> None:
             axes[2].plot(T, [f["peak_mib"][way] for f in rows], **look)
     axes[0].axhline(1.0, color="#1864ab", linewidth=1)
     axes[0].axhline(1.4, color="#adb5bd", linewidth=1, linestyle=":")
-    axes[0].set(title="Time of a training step over fastrnn's ordinary one", ylim=(0, None))
+    axes[0].set(title="Time of a training step over fastrnn's ordinary one", yscale="log", ylim=(0.8, 25))
+    axes[0].set_yticks([1, 1.4, 2, 5, 10, 20], ["1", "1.4", "2", "5", "10", "20"])
+    axes[0].minorticks_off()
     axes[1].set(title="Kept for backward, MiB", yscale="log")
     axes[2].set(title="Peak memory of a training step, MiB", yscale="log")
     for ax in axes:
