@@ -53,7 +53,8 @@ def explain(module: nn.Module, input, hx=None, *, reset=None, lengths=None, all_
     Args:
         module: an RNN, LSTM, GRU or cell, of fastrnn or of torch.nn.
         input, hx, reset, lengths, all_states, reset_state: as for the module's forward. The answer depends also on what
-            is active now: autocast, function transforms, fastrnn.patch().
+            is active now: autocast, function transforms, fastrnn.patch(). It is of a call that is not recorded for
+            backward: `recompute` does not show.
 
     Raises:
         TypeError: `module` is not one of those.

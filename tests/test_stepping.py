@@ -122,9 +122,10 @@ def test_no_memory_is_allocated(name, frozen):
     if frozen:
         rnn.eval().freeze()
     hx, x = states_of(rnn), normal(B, I)
-    reset, start = torch.tensor([True, False, False, True, False]), states_of(rnn, seed=8)
+    reset = torch.tensor([True, False, False, True, False])
+    every, one = states_of(rnn, seed=8), states_of(rnn, rows=1, seed=8)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        for _ in range(3):
+        for start in (None, every, one):
             rnn.step(x, hx, reset=reset, reset_state=start)
     assert any("fastrnn::step_" in e.name for e in found.events())
     assert all(e.cpu_memory_usage == 0 for e in found.events())
