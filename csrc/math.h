@@ -1,4 +1,4 @@
-// sigmoid and tanh over any value type V: the scalar, AVX2 and AVX-512 vectors of cpu/vec.h.
+// sigmoid and tanh over any value type V: the scalar, AVX2 and AVX-512 vectors of cpu/vec.h, cuda/value.cuh's numbers.
 //
 // Both are at most 2 ulp from the exact value (tests/csrc measures it, tier by tier). exp(x) is reduced by
 // x = n ln 2 + r, |r| <= ln 2 / 2, with ln 2 in two pieces (Cody and Waite), and 1 + r + r^2 q(r), q a Chebyshev
@@ -14,6 +14,16 @@
 
 namespace fastrnn {
 
+// c0 + c1 x + c2 x^2 + ...
+template <class V>
+FASTRNN_FN V polynomial(V, typename V::T c) {
+  return V::set(c);
+}
+template <class V, class... More>
+FASTRNN_FN V polynomial(V x, typename V::T c, More... more) {
+  return fma(polynomial(x, more...), x, V::set(c));
+}
+
 template <class T>
 struct ExpConstants;
 
@@ -24,10 +34,16 @@ struct ExpConstants<float> {
   static constexpr float ln2_low = -2.12194440054690583e-4f;
   static constexpr float lowest = -104.0f;  // exp is 0 below
   static constexpr float tanh_one = 9.1f;   // tanh is 1 above
-  static constexpr float q[] = {0.5f, 0.16666576953788770f, 0.041666554572345138f, 0.0083631850315332238f,
-                                0.0013926191056242138f};
-  static constexpr float tanh[] = {-0.33333333172140361638f, 0.13333303556915741766f,   -0.053959259577204542744f,
-                                   0.021768918651028210152f, -0.008343945515839152048f, 0.0022927448161781423431f};
+  template <class V>
+  FASTRNN_FN V q(V x) {
+    return polynomial(x, 0.5f, 0.16666576953788770f, 0.041666554572345138f, 0.0083631850315332238f,
+                      0.0013926191056242138f);
+  }
+  template <class V>
+  FASTRNN_FN V tanh(V x) {
+    return polynomial(x, -0.33333333172140361638f, 0.13333303556915741766f, -0.053959259577204542744f,
+                      0.021768918651028210152f, -0.008343945515839152048f, 0.0022927448161781423431f);
+  }
 };
 
 template <>
@@ -37,23 +53,21 @@ struct ExpConstants<double> {
   static constexpr double ln2_low = 1.908214929270587816144e-10;
   static constexpr double lowest = -746.0;
   static constexpr double tanh_one = 19.1;
-  static constexpr double q[] = {0.50000000000000010231,     0.16666666666666667454,   0.04166666666662409382,
-                                 0.0083333333333300592137,   0.0013888888917230723233, 0.00019841269863066695027,
-                                 0.000024801521269532121095, 2.7557268439678002354e-6, 2.7620101012098000228e-7,
-                                 2.5100395159429244017e-8};
-  static constexpr double tanh[] = {-0.33333333333333332938,    0.13333333333333041602,      -0.05396825396789699169,
-                                    0.021869488519008305756,    -0.008863235103240877925,    0.0035921217511549622695,
-                                    -0.0014557754120478055104,  0.0005896606577757043347,    -0.00023759064960555619551,
-                                    0.000092571161295567682707, -0.000031201101425797400033, 6.48516348279311315e-6};
+  template <class V>
+  FASTRNN_FN V q(V x) {
+    return polynomial(x, 0.50000000000000010231, 0.16666666666666667454, 0.04166666666662409382,
+                      0.0083333333333300592137, 0.0013888888917230723233, 0.00019841269863066695027,
+                      0.000024801521269532121095, 2.7557268439678002354e-6, 2.7620101012098000228e-7,
+                      2.5100395159429244017e-8);
+  }
+  template <class V>
+  FASTRNN_FN V tanh(V x) {
+    return polynomial(x, -0.33333333333333332938, 0.13333333333333041602, -0.05396825396789699169,
+                      0.021869488519008305756, -0.008863235103240877925, 0.0035921217511549622695,
+                      -0.0014557754120478055104, 0.0005896606577757043347, -0.00023759064960555619551,
+                      0.000092571161295567682707, -0.000031201101425797400033, 6.48516348279311315e-6);
+  }
 };
-
-template <class V, class T, int N>
-FASTRNN_FN V polynomial(V x, const T (&coefficients)[N]) {
-  V sum = V::set(coefficients[N - 1]);
-#pragma GCC unroll 16
-  for (int i = N - 2; i >= 0; --i) sum = fma(sum, x, V::set(coefficients[i]));
-  return sum;
-}
 
 // exp(x) for ExpConstants::lowest <= x <= 2 * tanh_one, and NaN.
 template <class V>
@@ -62,7 +76,7 @@ FASTRNN_FN V exp_bounded(V x) {
   const V n = nearest(x * V::set(C::log2e));
   V r = fma(n, V::set(-C::ln2_high), x);
   r = fma(n, V::set(-C::ln2_low), r);
-  const V p = fma(r * r, polynomial(r, C::q), r);
+  const V p = fma(r * r, C::q(r), r);
   return scale(V::set(1) + p, n);
 }
 
@@ -82,7 +96,7 @@ FASTRNN_FN V tanh(V x) {
   const V one = V::set(1), two = V::set(2);
   const V z = min(V::set(C::tanh_one), absolute(x));
   const V square = z * z;
-  const V small = fma(z, square * polynomial(square, C::tanh), z);
+  const V small = fma(z, square * C::tanh(square), z);
   const V large = one - two / (exp_bounded(z + z) + one);
   return copy_sign(less(z, V::set(0.625), small, large), x);
 }

@@ -60,6 +60,7 @@ struct Storage {
   }
 
   void widen(const void* from, T* to, int64_t n) const {
+    if (n == 0) return;  // of no features there may be no memory
     if (!rounds) {
       __builtin_memcpy(to, from, size_t(n) * sizeof(T));
       return;
