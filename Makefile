@@ -12,6 +12,8 @@
 #   PYTHON=python3.12                the Python to use
 #   TORCH_VERSION=2.11.0             the torch of a new .venv
 #   CXX, CXXFLAGS, MAX_JOBS          as everywhere
+#   FASTRNN_CUDA=0                   no CUDA kernels; 1: an error without nvcc; auto: they are built where nvcc is found
+#   TORCH_CUDA_ARCH_LIST             their architectures, as everywhere; CUDA_HOME: the toolkit, else the nvcc on PATH
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
@@ -52,7 +54,7 @@ test: $(stamps)/install $(stamps)/demo $(stamps)/test
 lint: $(stamps)/lint
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
-	@find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \) -print0 | PATH="$$( \
+	@find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print0 | PATH="$$( \
 	  $(python) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" \
 	  xargs -0 clang-format --dry-run --Werror
 	@echo "lint: no complaints"

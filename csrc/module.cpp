@@ -3,8 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
+#include <iterator>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +15,11 @@
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
+#include "cuda/force.h"
+
+#ifndef FASTRNN_CUDA
+#define FASTRNN_CUDA_ARCHITECTURES ""
+#endif
 
 namespace py = pybind11;
 using namespace fastrnn;
@@ -20,6 +28,7 @@ namespace {
 
 std::vector<std::string> split(const std::string& text) {
   std::vector<std::string> parts;
+  if (text.empty()) return parts;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     parts.push_back(text.substr(begin, end - begin));
@@ -43,6 +52,19 @@ void set_isa(const std::string& name) {
   throw py::value_error("isa: expected one of " + expected + "or '' for the default, got '" + name + "'");
 }
 
+std::vector<std::string> gpu_paths() {
+  std::vector<std::string> names;
+  cuda::for_each_gpu_path([&](const char* name) { names.push_back(name); });
+  return names;
+}
+
+void set_gpu_path(const std::string& name) {
+  if (cuda::force_gpu_path(name.c_str())) return;
+  std::string expected;
+  for (const std::string& path : gpu_paths()) expected += "'" + path + "', ";
+  throw py::value_error("path: expected one of " + expected + "or '' for the default, got '" + name + "'");
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FASTRNN_VERSION;
@@ -52,12 +74,15 @@ py::dict build_info() {
 #else
   info["compiler"] = "gcc " __VERSION__;
 #endif
-  info["cuda_architectures"] = py::list();
+  info["cuda_architectures"] = split(FASTRNN_CUDA_ARCHITECTURES);
   info["isas"] = split(FASTRNN_ISAS);
   info["available"] = isas();
   info["isa"] = current().isa;
   const char* rejected = rejected_environment();
   info["rejected_environment"] = rejected ? py::object(py::str(rejected)) : py::none();
+  info["gpu_path"] = cuda::gpu_path();
+  const char* rejected_path = cuda::rejected_gpu_path();
+  info["rejected_gpu_path"] = rejected_path ? py::object(py::str(rejected_path)) : py::none();
   return info;
 }
 
@@ -117,6 +142,30 @@ py::dict split_of(const std::string& name, bool float64, int64_t T, int64_t B, i
   return result;
 }
 
+// Which path a layer on a GPU would take, and how its weights would be shared out. card: compute capability (90 for
+// 9.0), processors, bytes of shared memory of a block; None for the one that is there.
+py::dict gpu_plan(const std::string& name, const std::string& dtype, bool tf32, bool backward, int64_t T, int64_t B,
+                  int64_t I, int64_t H, int64_t P, int D, const std::optional<std::array<int, 3>>& card) {
+  const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};  // the order of enum Dtype
+  const auto known = std::find(std::begin(dtypes), std::end(dtypes), dtype);
+  if (known == std::end(dtypes))
+    throw py::value_error("dtype: expected 'float32', 'float64', 'bfloat16' or 'float16', got '" + dtype + "'");
+  Layer layer;
+  layer.cell = find_cell(name).kind, layer.dtype = layer.state = static_cast<Dtype>(known - dtypes);
+  layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.D = D, layer.projected = P != H;
+  cuda::Card numbers;
+  if (card) numbers = {(*card)[0], (*card)[1], (*card)[2]};
+  const cuda::Choice choice = cuda::choose_here(layer, tf32, backward, card ? &numbers : nullptr);
+  py::dict result;
+  result["path"] = cuda::path_names[static_cast<int>(choice.path)];
+  result["why"] = choice.why;
+  result["groups"] = choice.groups;
+  result["blocks"] = choice.sharing.blocks;
+  result["units"] = choice.sharing.units;
+  result["rows"] = choice.sharing.rows;
+  return result;
+}
+
 // For the accuracy tests: y[i] = function(x[i]) by the tier in use, on n values at the two addresses.
 void activation(const std::string& function, const std::string& dtype, uintptr_t x, uintptr_t y, int64_t n) {
   if (function != "sigmoid" && function != "tanh")
@@ -161,6 +210,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets this machine can run, narrowest first.");
   m.def("isa", [] { return current().isa; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("isa"), "Forces an instruction set for the whole process; '' for the default.");
+  m.def("gpu_paths", &gpu_paths, "What can be forced for tensors on a GPU.");
+  m.def("gpu_path", &cuda::gpu_path, "Which of them is forced; '' when none is.");
+  m.def("set_gpu_path", &set_gpu_path, py::arg("path"),
+        "Forces one of our paths, or 'torch', for the whole process; '' for the default.");
   m.def("set_split", &set_split, py::arg("split"),
         "Forces how layers are shared out among threads ('serial', 'batch', 'hidden', 'wavefront', 'ahead'; '' for the "
         "model's choice).");
@@ -168,6 +221,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("P"), py::arg("D"), py::arg("threads"), py::arg("layers") = 1, py::arg("kept") = false,
         "How a layer would be shared out, forward: directions side by side, slices of rows, parts of hidden units, "
         "whether its input is projected ahead; the limit; and into how many groups so many layers for a wavefront.");
+  m.def("gpu_plan", &gpu_plan, py::arg("cell"), py::arg("dtype"), py::arg("tf32"), py::arg("backward"), py::arg("T"),
+        py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P"), py::arg("D"), py::arg("card") = py::none(),
+        "Which path a layer on a GPU would take, and why; of a path that keeps the weights on the chip: groups of so "
+        "many blocks, each block with so many hidden units, each group with so many rows at a time.");
   m.def("workspace_bytes", &workspace_bytes, "Bytes of scratch memory that the kernels keep, all threads together.");
   m.def("release_workspace", &release_workspace, "Gives that memory back; returns how many bytes it was.");
   m.def("activation", &activation, py::arg("function"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"),

@@ -51,8 +51,11 @@ def test_no_wide_instruction_outside_its_tier():
     assert "avx512" not in _C.build_info()["isas"] or counts["avx512"] > 1000
 
 
-# The stable ABI and no other name of torch; omp_*: weak, asks whether a parallel region is around us; the tool chain's.
-ALLOWED = re.compile(r"aoti_torch_\w+|torch_\w+|omp_\w+|_ITM_\w+|__gmon_start__|__cxa_finalize")
+# The stable ABI and no other name of torch; omp_*: weak, asks whether a parallel region is around us; cublas*: weak,
+# torch's own where it is built for CUDA; the tool chain's.
+ALLOWED = re.compile(r"aoti_torch_\w+|torch_\w+|omp_\w+|cublas\w+|_ITM_\w+|__gmon_start__|__cxa_finalize")
+# What not every torch has.
+WEAK = re.compile(r"omp_\w+|cublas\w+|aoti_torch_get_current_cuda_stream|torch_exception_get_what_without_backtrace")
 SYSTEM = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 
 
@@ -61,18 +64,29 @@ def test_undefined_symbols_are_the_stable_abi_and_the_system():
     for line in tool("nm", "-D", "--undefined-only", str(OPS)).splitlines():
         kind, name = line.split()[-2:]
         name, _, version = name.partition("@")
-        assert not name.startswith("omp_") or kind in "wv", f"{name} must be weak: torch may use another runtime"
+        assert not WEAK.fullmatch(name) or kind in "wv", f"{name} must be weak: not every torch brings it"
         if not version.lstrip("@").startswith(SYSTEM) and not ALLOWED.fullmatch(name):
             strange.append(name)
     assert not strange, strange
 
 
+def test_the_cuda_runtime_inside_stays_inside():
+    """Linked statically: neither do we offer its names to others, nor could another copy of it answer for ours."""
+    names = [line.split()[-1] for line in tool("nm", "-D", str(OPS)).splitlines()]
+    assert not [name for name in names if re.match(r"_*cu(da|dart|[A-Z])", name)]
+    assert "cublasGemmEx" in names or not _C.build_info()["cuda_architectures"]
+
+
 def test_needed_libraries():
+    """No library of CUDA among them: a torch with and one without load the same file."""
     base = {
         "libstdc++.so.6",
         "libm.so.6",
         "libgcc_s.so.1",
         "libc.so.6",
+        "librt.so.1",  # these three for the CUDA runtime, until glibc 2.34 took them in
+        "libdl.so.2",
+        "libpthread.so.0",
         "ld-linux-x86-64.so.2",
         "ld-linux-aarch64.so.1",
     }
