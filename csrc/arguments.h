@@ -1,4 +1,4 @@
-// What the operators are given, for ops.cpp alone: read from the boxed call, checked, and turned into what a kernel
+// What the operators are given, for ops_*.h alone: read from the boxed call, checked, and turned into what a kernel
 // sees.
 //
 //   check()  arguments -> Problem: a problem.h Layer, the tensors that keep its pointers alive, the sizes
@@ -61,27 +61,45 @@ void take_reset_states(Reader& reader, Arguments& a) {
 struct Problem {
   Layer layer;
   const CellTraits* cell = nullptr;
+  Place place;  // input's, and so everything's, but for batch_sizes
   bool packed = false, bias = false;
   int64_t N = 0;             // rows of the tape: the stored rows, or T*B where lengths alone tell how many are used
   int32_t dtype = 0;         // torch's code of the storage dtype
   int32_t compute = 0;       // and of the compute dtype
   int32_t state = 0;         // and of the states'
   size_t per_direction = 0;  // weights of one direction
-  Tensor input;              // last dimension contiguous
+  Tensor input;              // last dimension contiguous; on a GPU all of it
   std::vector<Tensor> kept;
   std::vector<int64_t> first_row, steps_above, lengths, order;
+  // On a GPU, where nobody reads them: of what values they like.
+  struct {
+    const void* data = nullptr;
+    bool wide = false;  // int64, not int32
+    int64_t stride = 0;
+  } device_lengths;
 };
+
+// Whether this build has kernels for a device.
+bool served(const Place& place) {
+#ifdef FASTRNN_CUDA
+  if (place.kind == aoti_torch_device_type_cuda()) return true;
+#endif
+  return place.on_cpu();
+}
 
 // name and letters are for errors alone: called when there is one.
 template <class Name, class Letters>
-void check_tensor(const Tensor& t, const Name& name, int32_t dtype, const Shape& shape, const Letters& letters) {
-  if (!t.defined() || !t.is_cpu()) fail(name(), ": expected a CPU tensor, got a tensor on another device");
+void check_tensor(const Problem& p, const Tensor& t, const Name& name, int32_t dtype, const Shape& shape,
+                  const Letters& letters) {
+  if (!t.defined() || !p.place.holds(t))
+    fail(name(), ": expected a tensor on ", place_name(p.place), ", got ", place_name(t));
   if (dtype_of(t) != dtype) fail(name(), ": expected dtype ", dtype_name(dtype), ", got ", dtype_name(dtype_of(t)));
   if (!(shape == t))
     fail(name(), ": expected shape ", letters(), " = ", text_of(shape.sizes, shape.dim), ", got ", shape_of(t));
 }
-void check_tensor(const Tensor& t, const char* name, int32_t dtype, const Shape& shape, const char* letters) {
-  check_tensor(t, [&] { return name; }, dtype, shape, [&] { return letters; });
+void check_tensor(const Problem& p, const Tensor& t, const char* name, int32_t dtype, const Shape& shape,
+                  const char* letters) {
+  check_tensor(p, t, [&] { return name; }, dtype, shape, [&] { return letters; });
 }
 
 // The data of a checked tensor, made contiguous and kept alive.
@@ -95,7 +113,7 @@ const void* kept_data(Problem& p, const Tensor& t) {
 const void* keep(Problem& p, const std::optional<Tensor>& t, const char* name, const Shape& shape, const char* letters,
                  int32_t dtype) {
   if (!t) return nullptr;
-  check_tensor(*t, name, dtype, shape, letters);
+  check_tensor(p, *t, name, dtype, shape, letters);
   return kept_data(p, *t);
 }
 
@@ -122,9 +140,12 @@ const CellTraits& find_cell(const std::string& name) {
   fail("cell: expected one of ", known, ", got '", name, "'");
 }
 
-// The dtype that everything is to have: that of `t`.
-void read_dtype(Problem& p, const Tensor& t, const char* name) {
-  if (!t.defined() || !t.is_cpu()) fail(name, ": expected a CPU tensor, got a tensor on another device");
+// The device and the dtype that everything is to have: those of `t`.
+void read_kind(Problem& p, const Tensor& t, const char* name) {
+  if (!t.defined()) fail(name, ": expected a tensor, got none");
+  p.place = place_of(t);
+  if (!served(p.place))
+    fail(name, ": expected a tensor on a device that this build has kernels for, got ", place_name(p.place));
   p.dtype = dtype_of(t);
   const DtypeInfo* floating = dtypes();  // the first four, in the order of enum Dtype
   constexpr Dtype kinds[] = {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16};
@@ -146,7 +167,7 @@ void read_state_dtype(Problem& p, const std::optional<Tensor>& h0) {
 
 void check_input(Problem& p, const Arguments& a, bool one_step) {
   const Tensor& x = a.input;
-  read_dtype(p, x, "input");
+  read_kind(p, x, "input");
   p.packed = a.batch_sizes.has_value();
   const bool flat = p.packed || one_step;
   if (x.dim() != (flat ? 2 : 3))
@@ -156,7 +177,7 @@ void check_input(Problem& p, const Arguments& a, bool one_step) {
                     : "3 dimensions (T, B, input_size)",
          ", got shape ", shape_of(x));
   p.layer.I = x.size(x.dim() - 1);
-  p.input = rows_contiguous(x);
+  p.input = p.place.on_cpu() ? rows_contiguous(x) : dense(x);
   p.layer.x = rows_of(p.input, flat);
 }
 
@@ -195,17 +216,23 @@ void check_batch_sizes(Problem& p, const Tensor& sizes) {
   p.layer.packed = true;
   rank_steps(p);
   p.layer.lengths = p.lengths.data();
+  if (!p.place.on_cpu()) p.layer.steps_above = p.layer.lengths = nullptr;  // cuda/layer.h: first_row says it all
 }
 
 void check_lengths(Problem& p, const Tensor& lengths) {
   if (p.packed) fail("lengths: expected None with batch_sizes, got a tensor");
+  if (!lengths.defined() || !p.place.holds(lengths))
+    fail("lengths: expected a tensor on ", place_name(p.place), ", got ", place_name(lengths));
   const bool wide = dtype_of(lengths) == aoti_torch_dtype_int64();
-  if (!lengths.is_cpu() || !(wide || dtype_of(lengths) == aoti_torch_dtype_int32()) || lengths.dim() != 1 ||
-      lengths.size(0) != p.layer.B)
-    fail("lengths: expected a CPU int64 or int32 tensor of shape (B,) = (", p.layer.B, ",), got ",
+  if (!(wide || dtype_of(lengths) == aoti_torch_dtype_int32()) || lengths.dim() != 1 || lengths.size(0) != p.layer.B)
+    fail("lengths: expected an int64 or int32 tensor of shape (B,) = (", p.layer.B, ",), got ",
          dtype_name(dtype_of(lengths)), " of shape ", shape_of(lengths));
   const int64_t stride = lengths.stride(0);
   const void* data = lengths.data_ptr();
+  if (!p.place.on_cpu()) {
+    p.device_lengths = {data, wide, stride};
+    return;
+  }
   for (int64_t b = 0; b < p.layer.B; ++b) {
     const int64_t length =
         wide ? static_cast<const int64_t*>(data)[b * stride] : static_cast<const int32_t*>(data)[b * stride];
@@ -258,7 +285,7 @@ void check_weights(Problem& p, const Arguments& a) {
       const size_t role = p.layer.projected && k == n - 1 ? 4 : k;
       const Tensor& weight = a.weights[d * n + k];
       check_tensor(
-          weight, [&] { return "weights[" + std::to_string(d * n + k) + "] (" + names[role] + ")"; }, p.dtype,
+          p, weight, [&] { return "weights[" + std::to_string(d * n + k) + "] (" + names[role] + ")"; }, p.dtype,
           shapes[role], [&] { return letters(role); });
       *slots[role] = kept_data(p, weight);
     }
@@ -354,7 +381,7 @@ Problem check(const Arguments& a, bool bidirectional, bool one_step = false, con
   l.c_reset = keep(p, a.c_reset, "c_reset", {l.D, l.B, l.H}, "(D, B, H)", p.state);
   if (a.lengths) check_lengths(p, *a.lengths);
   if (a.reset) {
-    check_tensor(*a.reset, "reset", aoti_torch_dtype_bool(), {l.T, l.B}, "(T, B)");
+    check_tensor(p, *a.reset, "reset", aoti_torch_dtype_bool(), {l.T, l.B}, "(T, B)");
     l.reset = static_cast<const bool*>(a.reset->data_ptr());
     l.reset_step = a.reset->stride(0);
     l.reset_row = a.reset->stride(1);
@@ -368,7 +395,9 @@ int64_t state_size(const Problem& p) { return p.layer.state == Dtype::f64 ? 8 : 
 
 int64_t compute_size(const Problem& p) { return p.layer.dtype == Dtype::f64 ? 8 : 4; }
 
-Tensor new_tape(const Problem& p) { return empty_block({p.layer.D, p.N, tape_width(p)}, p.compute, compute_size(p)); }
+Tensor new_tape(const Problem& p) {
+  return empty_block({p.layer.D, p.N, tape_width(p)}, p.compute, compute_size(p), p.place);
+}
 
 }  // namespace
 }  // namespace fastrnn

@@ -1,5 +1,5 @@
-// The one door to torch, for arguments.h and ops.cpp: errors, dtypes, tensors, boxed arguments and threads over the
-// stable ABI, so that what is built here runs under every torch from 2.11 on.
+// The one door to torch, for arguments.h and the operators: errors, dtypes, devices, tensors, boxed arguments and
+// threads over the stable ABI, so that what is built here runs under every torch from 2.11 on.
 #pragma once
 
 #include <pthread.h>
@@ -107,6 +107,42 @@ const char* dtype_name(int32_t code) {
   return info->name;
 }
 
+// --------------------------------------------------------------------------------------------------------- devices
+
+// Where a tensor lies: torch's numbers of a kind of device, as the shim tells them at run time, and of one of that
+// kind.
+struct Place {
+  int32_t kind = aoti_torch_device_type_cpu();
+  int32_t index = 0;
+
+  bool on_cpu() const { return kind == aoti_torch_device_type_cpu(); }
+  bool holds(const Tensor& t) const;
+};
+
+Place place_of(const Tensor& t) {
+  Place place;
+  succeed(aoti_torch_get_device_type(t.get(), &place.kind), "reading a device");
+  if (!place.on_cpu()) succeed(aoti_torch_get_device_index(t.get(), &place.index), "reading a device");
+  return place;
+}
+
+bool Place::holds(const Tensor& t) const {
+  const Place found = place_of(t);
+  return found.kind == kind && found.index == index;
+}
+
+std::string place_name(const Place& place) {
+  if (place.on_cpu()) return "cpu";
+  if (place.kind == aoti_torch_device_type_meta()) return "meta";
+  const char* kind = place.kind == aoti_torch_device_type_cuda()  ? "cuda"
+                     : place.kind == aoti_torch_device_type_xpu() ? "xpu"
+                     : place.kind == aoti_torch_device_type_mps() ? "mps"
+                                                                  : "another device";
+  return std::string(kind) + ":" + std::to_string(place.index);
+}
+
+std::string place_name(const Tensor& t) { return t.defined() ? place_name(place_of(t)) : "none"; }
+
 // --------------------------------------------------------------------------------------------------------- tensors
 
 // The strides of a contiguous tensor, and how many values it has (a size of 0 counts as 1).
@@ -117,30 +153,30 @@ Shape dense_strides(const Shape& shape, int64_t& values) {
   return strides;
 }
 
-Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype) {
+Tensor empty_strided(const Shape& shape, const Shape& strides, int32_t dtype, const Place& place) {
   AtenTensorHandle handle;
-  succeed(
-      aoti_torch_empty_strided(shape.dim, shape.sizes, strides.sizes, dtype, aoti_torch_device_type_cpu(), 0, &handle),
-      "allocating memory for a result");
+  succeed(aoti_torch_empty_strided(shape.dim, shape.sizes, strides.sizes, dtype, place.kind, place.index, &handle),
+          "allocating memory for a result");
   return Tensor(handle);
 }
 
-Tensor empty(const Shape& shape, int32_t dtype) {
+Tensor empty(const Shape& shape, int32_t dtype, const Place& place) {
   int64_t values;
-  return empty_strided(shape, dense_strides(shape, values), dtype);
+  return empty_strided(shape, dense_strides(shape, values), dtype, place);
 }
 
-// The same in memory that is used again: for tapes and gradients, which are large and new at every training step.
-Tensor empty_block(const Shape& shape, int32_t dtype, int64_t element_size) {
+// The same, on the CPU in memory that is used again (torch keeps that of other devices itself): for tapes and
+// gradients, which are large and new at every training step.
+Tensor empty_block(const Shape& shape, int32_t dtype, int64_t element_size, const Place& place) {
   constexpr int64_t worthwhile = 64 * 1024;
   int64_t values;
   const Shape strides = dense_strides(shape, values);
-  if (values * element_size < worthwhile) return empty_strided(shape, strides, dtype);
+  if (!place.on_cpu() || values * element_size < worthwhile) return empty_strided(shape, strides, dtype, place);
   void* block;
   try {
     block = take_block(static_cast<size_t>(values * element_size));
   } catch (const std::bad_alloc&) {
-    return empty_strided(shape, strides, dtype);  // torch's own words
+    return empty_strided(shape, strides, dtype, place);  // torch's own words
   }
   AtenTensorHandle handle;
   const AOTITorchError code = torch_from_blob(
@@ -152,10 +188,10 @@ Tensor empty_block(const Shape& shape, int32_t dtype, int64_t element_size) {
 }
 
 // [T, B, C], laid out as [B, T, C] when batch_major.
-Tensor empty_rows(int64_t T, int64_t B, int64_t C, bool batch_major, int32_t dtype) {
-  if (!batch_major) return empty({T, B, C}, dtype);
+Tensor empty_rows(int64_t T, int64_t B, int64_t C, bool batch_major, int32_t dtype, const Place& place) {
+  if (!batch_major) return empty({T, B, C}, dtype, place);
   const int64_t row = std::max<int64_t>(C, 1);
-  return empty_strided({T, B, C}, {row, std::max<int64_t>(T, 1) * row, 1}, dtype);
+  return empty_strided({T, B, C}, {row, std::max<int64_t>(T, 1) * row, 1}, dtype, place);
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : stable::contiguous(t); }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastrnn import autograd, functional, ops
 from fastrnn.frozen import Packing, freezable, kept, usable
 from fastrnn.modules import twin
-from fastrnn.plan import KERNEL, SERVED, TORCH, plan, precision
+from fastrnn.plan import KERNEL, STEP, TORCH, plan, precision
 from fastrnn.stepping import steppable
 
 TORCH_FORWARD = {base: base.forward for base in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
@@ -83,11 +83,11 @@ def _step(self, input, hx):
     if call is None:
         return None
     x, h, c, weights = call
-    route = plan(cell, x, h, c, weights, False, False)
+    route = plan(cell, x, h, c, weights, STEP, False)
     if route.path is TORCH:
         return None
     work = route.work
-    if route is not SERVED.get(work):
+    if route.cast:
         x, weights = x.to(work), [w.to(work) for w in weights]
         h = None if h is None else h.to(work)
         c = None if c is None else c.to(work)
@@ -100,7 +100,7 @@ def _step(self, input, hx):
         h, _, c = ops.frozen(packed, x, h, c)
         c = c if cell == "lstm" else None
     else:
-        h, c = autograd.step(cell, x, h, c, weights, precision(work))
+        h, c = autograd.step(cell, x, h, c, weights, precision(work, x.is_cuda))
     return (h, c) if input.dim() == 2 else (h.squeeze(0), None if c is None else c.squeeze(0))
 
 

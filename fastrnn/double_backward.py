@@ -49,6 +49,7 @@ def double_backward(
     rows = None
     if batch_sizes is not None:
         x, rows, lengths = reference.unpack(x, batch_sizes)
+        lengths = lengths.to(x.device)
         T, B = x.shape[:2]
 
         def padded(t):
@@ -60,7 +61,7 @@ def double_backward(
     T, B = x.shape[:2]
     valid = cut = None
     if lengths is not None:
-        valid = (torch.arange(T).unsqueeze(1) < lengths).unsqueeze(2)
+        valid = (torch.arange(T, device=x.device).unsqueeze(1) < lengths).unsqueeze(2)
         x = torch.where(valid, x, 0.0)
         vx, u_output = (None if t is None else torch.where(valid, t, 0.0) for t in (vx, u_output))
     if reset is not None:
@@ -150,7 +151,7 @@ class _Direction:
 
     def by_slot(self, w):
         """Rows of torch's gates as rows of the slots that the state feeds."""
-        return None if w is None else w.unflatten(0, (self.G, self.H))[self.order].flatten(0, 1)
+        return None if w is None else ops.in_order(w.unflatten(0, (self.G, self.H)), 0, self.order).flatten(0, 1)
 
     def entering(self, states, first, reset):
         """What enters each step: the state after the step before, `first` where there is none, `reset` after a cut."""

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
 from torch import nn
 
 from fastrnn import _C, cells, frozen, functional, modules
-from fastrnn.plan import EXACT, KERNEL, TORCH, TRANSFORMED, Route, fp32_precision, plan, precision
+from fastrnn.plan import DENSE, EXACT, KERNEL, PACKED, STEP, TORCH, TRANSFORMED, Route, fp32_precision, plan, precision
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Who would compute a call, and why. `print` shows it.
 
-    path: "fastrnn cpu kernel", "torch" (torch's own implementation) or "reference" (torch operations, step by step).
+    path: "fastrnn cpu kernel", "fastrnn cuda kernel", "torch" (torch's own implementation) or "reference" (torch
+        operations, step by step).
     why: in words.  cell: the cell's name.  dtype: what it computes in (None where torch decides).
-    isa: the instruction set of the kernels, threads: torch's; both None on another path.
+    isa: the instruction set of the CPU's kernels, threads: torch's; both None on another path.
     layers: the sizes of each layer.
     splits: how the forward pass of each layer would be shared out among the threads (small layers on top of each
-        other as a wavefront), and what its speed is limited by, both by the kernels' cost model; in words. Empty on
-        another path. Never more threads than the control group's CPU quota. Results do not depend on it.
+        other as a wavefront), and what its speed is limited by, both by the kernels' cost model; in words. Never more
+        threads than the control group's CPU quota. Results do not depend on it. On a GPU: the name of the
+        path (step, block, cluster or grid), among how many blocks of threads, and why. Empty where other than the
+        kernels compute.
     """
 
     path: str
@@ -97,8 +101,32 @@ def _found(
     return _C.split(cell, dtype == torch.float64, T, B, I, H, P, D, threads, layers, kept)
 
 
-def _precision(work: torch.dtype) -> str:
+def _on_gpu(cell: str, dtype: torch.dtype, sizes: dict[str, int], device: torch.device) -> str:
+    """How a layer would be computed on a GPU, in words."""
+    if sizes["B"] == 0:
+        return "no rows, nothing to compute"
+    T, B, I, H = (sizes[name] for name in "TBIH")
+    tf32 = precision(dtype, True) != EXACT
+    with torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext():
+        found = _C.gpu_plan(
+            cell, str(dtype)[6:], tf32, False, T, B, I, H, sizes.get("P", H), sizes.get("D", 1), None
+        )  # fmt: skip
+    if found["path"] == "step":
+        return f"step, one product and one kernel for each step ({found['why']})"
+    return (
+        f"{found['path']}, {_many(found['groups'], 'group')} of {_many(found['blocks'], 'block')}, "
+        f"{_many(found['units'], 'hidden unit')} in each, {_many(found['rows'], 'row')} at a time ({found['why']})"
+    )
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _precision(work: torch.dtype, on_gpu: bool) -> str:
     """What comes of torch's switch for the precision of RNNs, when it does not ask for all of float32."""
+    if on_gpu:
+        return "" if precision(work, True) == EXACT else f"; its products are of numbers rounded to {_TF32}"
     if precision(work) != EXACT:
         return "; its products are of numbers rounded to bfloat16 (torch.backends.mkldnn.rnn.fp32_precision)"
     if work is torch.float32 and fp32_precision() in ("tf32", "bf16"):
@@ -106,23 +134,46 @@ def _precision(work: torch.dtype) -> str:
     return ""
 
 
-def _plan(route: Route, cell: str, layers, in_one_call: bool = False, kept: bool = False) -> Plan:
-    """in_one_call: all layers go to the kernels at once, and are not ragged. kept: with frozen weights."""
-    kernel = route.path == KERNEL
+_TF32 = "TensorFloat-32 (torch.backends.cudnn.rnn.fp32_precision)"
+
+
+def _gpu(t: torch.Tensor) -> torch.device | None:
+    return t.device if t.is_cuda else None
+
+
+def _path(route: Route, on_gpu: bool) -> str:
+    """Who computes a call, in words."""
+    if route.path not in (KERNEL, TRANSFORMED):
+        return route.path
+    return route.path.replace("fastrnn", f"fastrnn {'cuda' if on_gpu else 'cpu'}")
+
+
+def _plan(
+    route: Route, cell: str, layers, in_one_call: bool = False, kept: bool = False, gpu: torch.device | None = None
+) -> Plan:
+    """in_one_call: all layers go to the kernels at once, and are not ragged. kept: with frozen weights. gpu: the CUDA
+    device that the tensors are on."""
+    on_gpu = gpu is not None
+    kernel = route.path == KERNEL and not on_gpu
     layers, threads = tuple(layers), torch.get_num_threads()
     groups = 1
     if kernel and in_one_call and len(layers) > 1 and layers[0]["B"]:
         groups = _found(cell, route.work, layers[0], threads, len(layers), kept)["groups"]
+    splits = ()
+    if kernel:
+        splits = tuple(_split(cell, route.work, sizes, threads, groups, kept) for sizes in layers)
+    elif route.path == KERNEL:
+        splits = tuple(_on_gpu(cell, route.work, sizes, gpu) for sizes in layers)
     why = f"{route.reason}; its packed weights are kept (freeze)" if kept else route.reason
     return Plan(
-        route.path,
-        why + _precision(route.work) if kernel else why,
+        _path(route, on_gpu),
+        why + _precision(route.work, on_gpu) if route.path == KERNEL else why,
         cell,
         None if route.path == TORCH else route.work,
-        _C.isa() if kernel or route.path == TRANSFORMED else None,
+        _C.isa() if kernel or (route.path == TRANSFORMED and not on_gpu) else None,
         threads if kernel else None,
         layers,
-        tuple(_split(cell, route.work, sizes, threads, groups, kept) for sizes in layers) if kernel else (),
+        splits,
     )
 
 
@@ -141,7 +192,7 @@ def _explain_sequence(module, input, hx, extended: bool, ragged: bool, all_state
         why = "the arguments do not fit the module, so torch.nn's own forward gets them and raises its error"
         return _plan(Route(TORCH, why), cell, layers)
     h0, c0 = call.hx if cell == "lstm" and call.hx is not None else (call.hx, None)
-    route = plan(cell, call.data, h0, c0, call.weights, not call.packed, extended)
+    route = plan(cell, call.data, h0, c0, call.weights, PACKED if call.packed else DENSE, extended)
     at_once = functional.in_one_call(route, module.num_layers, module.dropout, module.training, all_states)
     kept = (
         at_once
@@ -149,7 +200,7 @@ def _explain_sequence(module, input, hx, extended: bool, ragged: bool, all_state
         and frozen.kept(module, call.data) is not None
         and frozen.usable(route, call.data, h0, c0, call.weights)
     )
-    return _plan(route, cell, layers, at_once and not (ragged or call.packed), kept)
+    return _plan(route, cell, layers, at_once and not (ragged or call.packed), kept, _gpu(call.data))
 
 
 def _explain_cell(module, input, hx) -> Plan:
@@ -165,15 +216,17 @@ def _explain_cell(module, input, hx) -> Plan:
         why = "torch.nn's own forward gets the arguments: they do not fit the module, or hidden_size is 0"
         return _plan(Route(TORCH, why), cell, layers)
     layers = [{"T": 1, "B": call[0].size(0)} | layers[0]]
-    route = plan(cell, *call, False, False)
+    route = plan(cell, *call, STEP, False)
     kept = frozen.kept(module, call[0]) is not None and frozen.usable(route, *call)
-    return _plan(route, cell, layers, kept=kept)
+    return _plan(route, cell, layers, kept=kept, gpu=_gpu(call[0]))
 
 
 def build_info() -> dict:
     """What this build holds and what it runs on here: a dict of
 
     version; torch (built for) and torch_running; compiler; cuda_architectures; isas (built in), available (on this
-    machine), isa (in use); rejected_environment (a value of FASTRNN_ISA that names no available one, or None).
+    machine), isa (in use); rejected_environment (a value of FASTRNN_ISA that names no available one, or None); gpu_path
+    (what FASTRNN_GPU_PATH asks for: step, block, cluster, grid, auto, torch, or "" for the default); rejected_gpu_path
+    (a value of it that is none of these, or None).
     """
     return _C.build_info() | {"torch_running": torch.__version__}

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import autograd, frozen, ops, reference, transforms
 from fastrnn import recompute as chunks
-from fastrnn.plan import KERNEL, SERVED, TORCH, TRANSFORMED, plan, precision
+from fastrnn.plan import DENSE, KERNEL, PACKED, TORCH, TRANSFORMED, plan, precision
 
 _VF = {"rnn_tanh": torch._VF.rnn_tanh, "rnn_relu": torch._VF.rnn_relu, "lstm": torch._VF.lstm, "gru": torch._VF.gru}
 
@@ -51,7 +51,8 @@ def run(
     starts = ()
     if reset is not None and reset_state is not None:
         starts = reset_state if cell == "lstm" else (reset_state, None)
-    route = plan(cell, input, h0, c0, [*weights, *starts] if starts else weights, batch_sizes is None, extended)
+    form = DENSE if batch_sizes is None else PACKED
+    route = plan(cell, input, h0, c0, [*weights, *starts] if starts else weights, form, extended)
     if route.path is TORCH:
         return _run_torch(
             cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes
@@ -60,14 +61,14 @@ def run(
     work = route.work
     if input.dtype != work:
         input = input.to(work)
-    if route is not SERVED.get(work):
+    if route.cast:
         weights = [w.to(work) for w in weights]
         h0 = None if h0 is None else h0.to(work)
         c0 = None if c0 is None else c0.to(work)
         starts = tuple(None if t is None else t.to(work) for t in starts)
     x = input.transpose(0, 1) if batch_first else input
-    if lengths is not None and route.path in (KERNEL, TRANSFORMED) and not lengths.is_cpu and not x.is_meta:
-        lengths = lengths.cpu()
+    if lengths is not None and route.path in (KERNEL, TRANSFORMED) and lengths.device != x.device and not x.is_meta:
+        lengths = _onto(lengths, x.device)
     if reset is not None and reset.device != x.device:
         reset = reset.to(x.device)
 
@@ -82,7 +83,7 @@ def run(
     if at_once:
         output, h_n, c_n, h_all, c_all = autograd.layers(
             cell, num_layers, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states,
-            precision(work), *(starts or (None, None)), recompute,
+            precision(work, x.is_cuda), *(starts or (None, None)), recompute,
         )  # fmt: skip
     else:
         per = len(weights) // num_layers
@@ -109,6 +110,12 @@ def run(
     return output, h_n, c_n, h_all, c_all
 
 
+def _onto(lengths: Tensor, device: torch.device) -> Tensor:
+    """lengths on a device. Nobody waits where they come from memory that is copied before the call returns."""
+    at_once = lengths.is_cpu and _values_are_known() and not lengths.is_pinned()
+    return lengths.to(device, non_blocking=at_once)
+
+
 def in_one_call(route, num_layers, dropout, training, all_states, apart=False) -> bool:
     """Whether all layers of a call go to the kernels at once: where nothing has to happen between them."""
     return route.path is KERNEL and (num_layers == 1 or not (all_states or (dropout and training) or apart))
@@ -122,7 +129,7 @@ def one_layer(
     if route.path is KERNEL:
         return autograd.layers(
             cell, 1, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states,
-            precision(route.work), *(starts or (None, None)), recompute,
+            precision(route.work, x.is_cuda), *(starts or (None, None)), recompute,
         )  # fmt: skip
     if route.path is TRANSFORMED:
         return transforms.layer(

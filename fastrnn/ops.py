@@ -38,7 +38,14 @@ if _rejected is not None:
         stacklevel=2,
     )
 
-EXACT, BF16 = 0, 2  # csrc/problem.h: Precision
+if _C.build_info()["rejected_gpu_path"] is not None:
+    warnings.warn(
+        f"FASTRNN_GPU_PATH: expected one of {', '.join(_C.gpu_paths())}, got "
+        f"{_C.build_info()['rejected_gpu_path']!r}; using the default",
+        stacklevel=2,
+    )
+
+EXACT, TF32, BF16 = 0, 1, 2  # csrc/problem.h: Precision
 
 # One entry for each cell, from csrc/cells.h: name, gates, slots, x_first, hidden_gate, tape, has_c.
 CELLS: dict[str, dict] = {cell["name"]: cell for cell in _C.cells()}
@@ -73,6 +80,9 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer, all its directions, the whole sequence. Not differentiable by itself (autograd.py is).
 
+    On the CPU, or on a CUDA device if the build has kernels for it: all tensors on the one that `input` is on, but
+    batch_sizes.
+
     T steps, B rows, I features, H hidden units, P width of h, D directions, N stored rows.
 
     Args:
@@ -81,12 +91,13 @@ def layer(
         h0, c0: (D, B, P) and (D, B, H, LSTM only); None is zero. Of input's dtype; or h0, and with it all other states
             that come in or go out, float32 for a 16-bit input.
         weights: for each direction w_ih (G*H, I), w_hh (G*H, P), [b_ih, b_hh (G*H)], [w_hr (P, H)].
-        batch_sizes: CPU int64 (T,), never growing.  lengths: CPU int64 or int32 (B,), 0 to T.
+        batch_sizes: CPU int64 (T,), never growing.  lengths: int64 or int32 (B,), 0 to T; clamped to that
+            on a CUDA device, where nobody reads them.
         reset: bool (T, B); for packed input the rows in packed order.
         batch_major: lay `output` out as a contiguous (B, T, D*P), seen as (T, B, D*P).
         save: write the tape that `layer_backward` needs.
-        precision: of float32 products, where the instruction set in use is the faster for less: 0 exact, 1 tf32,
-            2 bf16. Sums, gates and states are float32.
+        precision: of float32 products, where the instruction set in use, or the GPU, is the faster for less: 0 exact,
+            1 tf32, 2 bf16. Sums, gates and states are float32.
         h_reset, c_reset: like h0 and c0: what states start from where `reset` has cut them; None is zero.
 
     Returns:
@@ -310,12 +321,18 @@ def roles(count: int) -> list[str]:
     return ["w_ih", "w_hh", *(["b_ih", "b_hh"] if count > 3 else ()), *(["w_hr"] if count % 2 else ())]
 
 
+def in_order(t: Tensor, dim: int, order: list[int]) -> Tensor:
+    """The slices of `t` at `dim` in an order. Not t[order]: a GPU would wait for the list."""
+    if order == sorted(order):
+        return t.narrow(dim, 0, len(order))
+    return torch.cat([t.narrow(dim, place, 1) for place in order], dim)
+
+
 def by_gate(cell: str, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Slots (a, b, S, H) as torch's gates (a, b, G*H): those that the input feeds, and those that the state feeds."""
     first, G, hidden_gate = (CELLS[cell][k] for k in ("x_first", "gates", "hidden_gate"))
     order = [hidden_gate.index(gate) for gate in range(G)]
-    of_h = slots[:, :, :G] if order == sorted(order) else slots[:, :, order]
-    return slots[:, :, first : first + G].flatten(2), of_h.flatten(2)
+    return slots[:, :, first : first + G].flatten(2), in_order(slots, 2, order).flatten(2)
 
 
 @_operator(torch.ops.fastrnn.stack_backward.default)

@@ -144,7 +144,7 @@ def _check(cell, input, states, weights, batch_sizes, lengths, reset, num_layers
             raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(state.shape)}")
     if reset is not None and tuple(reset.shape) != (T, B):
         raise RuntimeError(f"reset: expected shape (T, B) = ({T}, {B}), got {tuple(reset.shape)}")
-    if lengths is not None and lengths.numel():
+    if lengths is not None and lengths.is_cpu and lengths.numel():  # nobody waits for a GPU's
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise RuntimeError(f"lengths: expected values from 0 to T = {T}, got {low if low < 0 else high}")
@@ -165,6 +165,9 @@ class _Call:
         self.wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         if batch_sizes is not None:
             input, self.rows, lengths = reference.unpack(input, batch_sizes)
+            lengths = lengths.to(input.device)
+        elif lengths is not None and not lengths.is_cpu:
+            lengths = lengths.clamp(0, input.size(0))
         self.x, self.weights, self.lengths, self.reset = input, weights, lengths, reset
         self.T, self.B = input.shape[:2]
         self.H, self.P = weights[1].size(0) // ops.CELLS[cell]["gates"], weights[1].size(1)
@@ -173,8 +176,9 @@ class _Call:
         )
         self.turn = None
         if bidirectional and lengths is not None:
-            steps = torch.arange(self.T).unsqueeze(1)
-            self.turn = torch.where(steps < lengths, lengths - 1 - steps, steps), torch.arange(self.B)
+            steps = torch.arange(self.T, device=input.device).unsqueeze(1)
+            rows = torch.arange(self.B, device=input.device)
+            self.turn = torch.where(steps < lengths, lengths - 1 - steps, steps), rows
 
     def padded(self, t: Tensor | None) -> Tensor | None:
         """Packed rows as (T, B, ...)."""
@@ -198,7 +202,7 @@ class _Call:
             return self.reset
         after = torch.cat([self.reset[1:], torch.zeros_like(self.reset[:1])])
         if self.lengths is not None:
-            after &= torch.arange(1, self.T + 1).unsqueeze(1) < self.lengths
+            after &= torch.arange(1, self.T + 1, device=after.device).unsqueeze(1) < self.lengths
         return self.turned(after, 1)
 
     def direction(self, d: int) -> _OneWay:
@@ -237,10 +241,11 @@ torch.library.define(
 )
 forward = torch.ops.fastrnn.recomputed.default
 backward = torch.ops.fastrnn.recomputed_backward.default
+_DEVICES = ("cpu", "cuda")
 
 
-@torch.library.impl("fastrnn::recomputed", "CPU")
-def _(*arguments):
+@torch.library.impl("fastrnn::recomputed", _DEVICES)
+def _forward(*arguments):
     *arguments, batch_major, all_states = arguments
     call = _Call(*arguments)
     T, B, D, P, x = call.T, call.B, call.D, call.P, call.x
@@ -273,8 +278,8 @@ def _(*arguments):
     return (*(x.new_empty(0) if t is None else t for t in results), h_marks, c_marks, sum(saved, []))
 
 
-@torch.library.impl("fastrnn::recomputed_backward", "CPU")
-def _(*arguments):
+@torch.library.impl("fastrnn::recomputed_backward", _DEVICES)
+def _backward(*arguments):
     *arguments, h_marks, c_marks, saved, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs = arguments
     call = _Call(*arguments)
     x, D, lstm = call.x, call.D, call.cell == "lstm"

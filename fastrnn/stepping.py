@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastrnn import ops
-from fastrnn.plan import SERVED, plan, precision
+from fastrnn.plan import SERVED, STEP, plan, precision
 
 _STEP = """One step onto the states `hx`, which are overwritten. Like {forward}, but nothing is recorded for
     backward, and no memory is allocated.
@@ -160,7 +160,7 @@ def _served(module, packing, layered: bool, input, states, reset, starts) -> boo
         return False
     if not all(isinstance(w, Tensor) for w in weights):
         return False
-    route = plan(cell, input, states[0], states[-1], [*weights, *starts], False, False)
+    route = plan(cell, input, states[0], states[-1], [*weights, *starts], STEP, False)
     if route is not SERVED.get(input.dtype):
         return False
     B, H = input.size(0), module.hidden_size

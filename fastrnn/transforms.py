@@ -65,7 +65,8 @@ class _Layer(torch.autograd.Function):
             options.batch_major, options.all_states, save, ops.EXACT, *starts,
         )  # fmt: skip
         if save:
-            tape = tape.unflatten(1, (input.size(1), input.size(0)))  # (D, B, T, width)
+            steps, rows = input.shape[:2]
+            tape = tape.unflatten(1, (rows, steps) if _tape_rows(input) == 1 else (steps, rows))
         return (*found, tape)
 
     @staticmethod
@@ -109,7 +110,7 @@ class _Layer(torch.autograd.Function):
             *weights,
             *(states(t, d) for t, d in zip(starts, dims_of_starts)),
         )
-        return fold.unfold(results, (fold.place, 1, 1, 2, 2, 1))
+        return fold.unfold(results, (fold.place, 1, 1, 2, 2, _tape_rows(input)))
 
 
 class _Gradients(torch.autograd.Function):
@@ -168,7 +169,7 @@ class _Gradients(torch.autograd.Function):
             fold.sizes(batch_sizes),
             rows(lengths, in_dims[2], 0),
             rows(reset, in_dims[3], 1),
-            rows(tape, in_dims[4], 1) if tape.numel() else tape.new_empty(0),
+            rows(tape, in_dims[4], _tape_rows(input)) if tape.numel() else tape.new_empty(0),
             sequence(incoming[0], dims[0]),
             states(incoming[1], dims[1]),
             states(incoming[2], dims[2]),
@@ -219,6 +220,11 @@ class _Operands(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return _one_by_one(_Operands, info, in_dims, *arguments)
+
+
+def _tape_rows(input: Tensor) -> int:
+    """Where the rows are in a tape: (D, rows, steps, width) on the CPU, (D, steps, rows, width) on a GPU."""
+    return 1 if input.is_cpu else 2
 
 
 def _given(options, batch_sizes, lengths, reset, tape, *tensors):
