@@ -6,6 +6,7 @@ is asked to be less. Everything else is compared bit for bit.
 
 import contextlib
 import ctypes
+import json
 import math
 import os
 import platform
@@ -57,7 +58,7 @@ def dtype_name(dtype):
 
 
 def as_array(x):
-    return x if isinstance(x, np.ndarray) else x.detach().double().numpy()
+    return x if isinstance(x, np.ndarray) else x.detach().cpu().double().numpy()
 
 
 class Error:
@@ -100,6 +101,7 @@ class Rule:
     """
 
     def __init__(self):
+        self.tiny, self.insane = TINY, INSANE
         self.configurations = self.redrawn = 0
         self.by_dtype = {}
         self.worst = {}
@@ -143,24 +145,25 @@ class Rule:
 
     def over(self, errors, dtype):
         for name, (mine, theirs) in errors.items():
-            assert theirs.norm() < INSANE[dtype], (
+            assert theirs.norm() < self.insane[dtype], (
                 f"{name}: torch's error is {theirs.norm()}: the truth is wrong, not torch"
             )
-            bound, peak_bound = 1.5 * theirs.norm() + TINY[dtype], 3 * (1.5 * theirs.peak() + TINY[dtype])
+            tiny = self.tiny[dtype]
+            bound, peak_bound = 1.5 * theirs.norm() + tiny, 3 * (1.5 * theirs.peak() + tiny)
             if not mine.norm() <= bound:
                 yield f"{name}: error {mine.norm():.3e}, torch's {theirs.norm():.3e}, bound {bound:.3e}"
             if not mine.peak() <= peak_bound:
                 yield f"{name}: largest element {mine.peak():.3e}, torch's {theirs.peak():.3e}, bound {peak_bound:.3e}"
 
     def record_ratio(self, dtype, err, err_torch):
-        floor = TINY[dtype] / 200  # far below one rounding: keeps a lucky exact zero out of the logarithm
+        floor = self.tiny[dtype] / 200  # far below one rounding: keeps a lucky exact zero out of the logarithm
         ratio = max(err, floor) / max(err_torch, floor)
         total, count = self.by_dtype.get(dtype, (0.0, 0))
         if math.isfinite(ratio):
             self.by_dtype[dtype] = (total + math.log(ratio), count + 1)
 
     def record_worst(self, dtype, err, err_torch, where):
-        share = err / (1.5 * err_torch + TINY[dtype])
+        share = err / (1.5 * err_torch + self.tiny[dtype])
         if share > self.worst.get(dtype, (-1.0,))[0]:
             self.worst[dtype] = (share, err, err_torch, where)
 
@@ -199,8 +202,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def rule():
-    return Rule()
+def rule(record_property):
+    """A rule of the test's own; what it measured goes into the report (--junitxml, benchmarks/card.py)."""
+    rule = Rule()
+    yield rule
+    for dtype, (share, err, err_torch, where) in rule.worst.items():
+        worst = {"share": share, "err": err, "err_torch": err_torch, "where": where}
+        worst |= {"ratio": rule.geometric_mean(dtype) if dtype in rule.by_dtype else None}
+        record_property(dtype_name(dtype), json.dumps(worst))
 
 
 @pytest.fixture

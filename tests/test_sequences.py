@@ -76,17 +76,19 @@ def draw(c):
 def gradients(values, incoming, leaves, names):
     values = {k: v for k, v in values.items() if v is not None}
     outs = {k: v for k, v in values.items() if v.requires_grad}  # all zeros when every row is empty
-    received = [incoming[k].to(v.dtype) for k, v in outs.items()]
+    received = [incoming[k].to(v) for k, v in outs.items()]
     grads = torch.autograd.grad(list(outs.values()), list(leaves), received, allow_unused=True)
     return values | dict(zip(names, grads))
 
 
-def run_ours(module, c, data, incoming, lengths, reset):
+def run_ours(module, c, data, incoming, lengths, reset, device="cpu"):
     _C.set_isa(c["isa"])
-    x, h0, c0, *starts = (data[k].clone().requires_grad_() for k in ("x", "h0", "c0", "h_start", "c_start"))
+    given = (data[k].to(device, copy=True) for k in ("x", "h0", "c0", "h_start", "c_start"))
+    x, h0, c0, *starts = (v.requires_grad_() for v in given)
     inside = torch.ones(c["T"], c["B"], dtype=torch.bool)
     if lengths is not None:
         inside = torch.arange(c["T"])[:, None] < lengths
+    inside, reset = inside.to(device), None if reset is None else reset.to(device)
     if c["rows"] == "lengths":
         with torch.no_grad():
             x[~inside] = torch.nan
@@ -102,7 +104,8 @@ def run_ours(module, c, data, incoming, lengths, reset):
         shown = pack_padded_sequence(shown, lengths, first, enforce_sorted=False)
     elif c["rows"] == "lengths":
         dtype = torch.int32 if c["seed"] % 2 else torch.int64
-        options["lengths"] = lengths.to(dtype)[0] if bare else lengths.to(dtype)
+        shown_lengths = lengths.to(device if c["seed"] & 2 else "cpu", dtype)
+        options["lengths"] = shown_lengths[0] if bare else shown_lengths
     if reset is not None:
         options["reset"] = reset[:, 0] if bare else reset.t() if first and c["rows"] != "packed" else reset
     if c["start"]:
