@@ -275,8 +275,8 @@ struct Pair {
   }
 };
 
-// A stretch of steps whose first_row (of the steps before and after, too) and reset (of the step after, too) are kept
-// on the chip: all steps with t in [low, high].
+// A stretch of steps whose first_row (of two steps before and after, too, for what is fetched ahead) and reset (of the
+// step after, too) are kept on the chip: all steps with t in [low, high].
 struct Window {
   int64_t low, high;
   FASTRNN_METHOD Window(const Recurrence& r, int d, int64_t q, int64_t until)

@@ -1,4 +1,4 @@
-// Finds a cell's kernels, each cell's in a .cu file of its own.
+// Finds a cell's kernels, each cell's in a .cu file of its own, and what the plan makes of the current card.
 #include "kernels.h"
 
 #include <array>
@@ -31,13 +31,12 @@ const CellKernels& find_kernels(CellKind cell, Dtype storage) {
 
 Choice choose_for_card(const Layer& layer, bool tf32, bool backward, const std::string& forced) {
   const Card& here = card();
-  using Key = std::array<int64_t, 15>;
+  using Key = std::array<int64_t, 14>;
   static std::mutex mutex;
   static auto& known = *new std::map<std::pair<Key, std::string>, Choice>;
   const Key key{
       int64_t(layer.cell), int64_t(layer.dtype),   layer.B, layer.H,  layer.P,   layer.D,         layer.projected,
-      layer.packed,        layer.reset != nullptr, tf32,    backward, here.arch, here.processors, here.shared_bytes,
-      layer.T > 0};
+      layer.packed,        layer.reset != nullptr, tf32,    backward, here.arch, here.processors, here.shared_bytes};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find({key, forced});
   if (found != known.end()) return found->second;

@@ -92,8 +92,8 @@ struct Sharing {
     const int most = factors == Factors::f32 ? 8 : 16, all = (rows + 7) / 8 * 8;
     return all < most ? all : most;
   }
-  // Sums: [splits][pass_rows][pitch], so that lanes that write columns of a tile, and those that read a unit each, find
-  // different banks.
+  // Sums: [splits][pass_rows][pitch], so that lanes that write columns of a tile find different banks; those that read
+  // a unit each do so where 32 units are one row's, else two meet.
   FASTRNN_SHARED_FN int sums_pitch() const { return padded_M() + 4; }
 
   // Bytes of the block's shared memory, piece by piece. Offsets are multiples of 16.

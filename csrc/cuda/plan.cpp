@@ -1,9 +1,8 @@
+// The plan: what is possible on a card, and which of that costs least, by a model.
 #include "plan.h"
 
 #include <algorithm>
 #include <cmath>
-
-#include "../cells.h"
 
 namespace fastrnn {
 namespace cuda {
@@ -11,11 +10,6 @@ namespace {
 
 int ceil_div(int64_t n, int64_t by) { return int((n + by - 1) / by); }
 int round_up(int64_t n, int64_t to) { return int((n + to - 1) / to * to); }
-
-const CellTraits& traits_of_kind(CellKind kind) {
-  static const CellTraits all[] = {traits_of<RnnTanh>(), traits_of<RnnRelu>(), traits_of<Lstm>(), traits_of<Gru>()};
-  return *std::find_if(std::begin(all), std::end(all), [&](const CellTraits& t) { return t.kind == kind; });
-}
 
 Factors factors_of(const Layer& layer, bool tf32) {
   if (layer.dtype == Dtype::f32) return tf32 ? Factors::tf32 : Factors::f32;
@@ -111,7 +105,7 @@ LaunchShape Choice::shape() const {
 
 bool share_out(Sharing& s, Path path, const Layer& layer, bool tf32, bool backward, int blocks, int rows,
                int shared_bytes, std::string& why) {
-  const CellTraits& cell = traits_of_kind(layer.cell);
+  const CellTraits& cell = traits(layer.cell);
   s = Sharing();
   s.factors = factors_of(layer, tf32);
   s.backward = backward;
