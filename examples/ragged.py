@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import fastrnn
 from fastrnn.demo import smooth
-from fastrnn.terminal import Progress, picture, positive, print_table, seed
+from fastrnn.drawing import OURS, THEIRS, new_figure, save, tidy, title
+from fastrnn.terminal import Progress, print_table, program, settle
 
 PACKAGES = ["asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml"]
 CELLS = {"gru": "GRU", "lstm": "LSTM"}
@@ -202,14 +203,10 @@ def report(theirs: Trainee, ours: Trainee, accuracies: list[float], data: Data, 
 
 def draw(theirs: Trainee, ours: Trainee, accuracies: list[float], data: Data, args: argparse.Namespace, path: Path):
     """Both losses over their own training time, and how long the functions are."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.6), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.6)
     curve, histogram = figure.subplots(1, 2, width_ratios=[1.6, 1])
     reach = len(ours.losses) // 30
-    for trainee, accuracy, colour in zip((theirs, ours), accuracies, ("#d9480f", "#1864ab")):
+    for trainee, accuracy, colour in zip((theirs, ours), accuracies, (THEIRS, OURS)):
         seconds = list(accumulate(trainee.seconds))
         bold = smooth(trainee.losses, reach)
         label = f"{trainee.name}: {seconds[-1]:.1f} s, {accuracy:.1%} right"
@@ -219,7 +216,7 @@ def draw(theirs: Trainee, ours: Trainee, accuracies: list[float], data: Data, ar
     curve.set_ylim(bottom=0)
     curve.set_xlabel("training time, seconds")
     curve.set_ylabel("loss, nats per function")
-    curve.set_title(f"Loss over training time (mean of {2 * reach + 1} steps)", fontsize=11, loc="left")
+    title(curve, f"Loss over training time (mean of {2 * reach + 1} steps)")
     curve.legend(frameon=False, loc="upper right", fontsize=10)
 
     lengths = [len(tokens) for tokens in data.tokens]
@@ -229,45 +226,30 @@ def draw(theirs: Trainee, ours: Trainee, accuracies: list[float], data: Data, ar
     histogram.annotate(f" mean {mean:.0f}", (mean, 0.93), xycoords=("data", "axes fraction"))
     histogram.set_xlabel(f"tokens of a function (cut at {args.length})")
     histogram.set_ylabel("functions")
-    histogram.set_title("Lengths", fontsize=11, loc="left")
-    for axes in (curve, histogram):
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    title(histogram, "Lengths")
+    tidy(curve, histogram)
     headline = f"Which package is a function from? {len(PACKAGES)} packages, baseline {data.majority():.1%}"
     figure.suptitle(f"{headline}\n{setting(args)}", fontsize=12)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description="Ragged batches: lengths= beside torch.nn with PackedSequence.")
-    top.add_argument("--cell", choices=CELLS, default="gru", help="which RNN (default: gru)")
-    top.add_argument("--seed", type=seed, default=0, metavar="N", help="of everything random (default: 0)")
-    for name, what in dict(
+    sizes = dict(
         epochs="passes over the training data",
         hidden="hidden size",
         batch="functions per batch",
         length="tokens of a function at most",
-    ).items():
-        top.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} (default: {FULL[name]})")
-    top.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
-    top.add_argument(
-        "--output", type=picture, default="ragged.png", metavar="PNG", help="the picture (default: ragged.png)"
     )
-    top.add_argument("--quick", action="store_true", help="one small epoch: shows that it runs, not how fast")
+    top = program("Ragged batches: lengths= beside torch.nn with PackedSequence.", sizes, FULL, "ragged.png")
+    top.add_argument("--cell", choices=CELLS, default="gru", help="which RNN (default: gru)")
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    for name, value in (QUICK if args.quick else FULL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = settle(parser().parse_args(argv), FULL, QUICK)
     data = Data(args.length, args.seed)
     print(
         f"{len(data.train):,} functions to train on, {len(data.held_out):,} held out, {len(PACKAGES)} packages, "

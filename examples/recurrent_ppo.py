@@ -31,7 +31,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 import fastrnn
-from fastrnn.terminal import Progress, picture, positive, print_table, seed
+from fastrnn.drawing import OURS, THEIRS, save, tidy, title
+from fastrnn.terminal import Progress, print_table, program, settle
 
 FULL = dict(envs=16, steps=128, updates=400)
 QUICK = dict(envs=4, steps=32, updates=12)
@@ -326,7 +327,7 @@ def draw(learners: list[Learner], comparison: Comparison, args: argparse.Namespa
     figure = Figure(figsize=(10, 4.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     curve, bars = figure.subplots(1, 2, width_ratios=[1.5, 1])
-    colours = {"loop": "#d9480f", "sequence": "#1864ab"}
+    colours = {"loop": THEIRS, "sequence": OURS}
     for i, learner in enumerate(learners):
         colour = colours[learner.way]
         # The two are one curve until rounding tells: the first is drawn wide, so that it shows beneath the second.
@@ -352,7 +353,7 @@ def draw(learners: list[Learner], comparison: Comparison, args: argparse.Namespa
     curve.xaxis.set_major_formatter("{x:,.0f}")
     curve.set_xlabel("environment steps")
     curve.set_ylabel(f"mean return of the last {EPISODES} episodes")
-    curve.set_title("Learning curves", fontsize=11, loc="left")
+    title(curve, "Learning curves")
     curve.legend(frameon=False, loc="lower right", fontsize=10)
     labels = [
         f"{learner.name.replace(', ', chr(10))}\n{1e3 * seconds(learner, 'learning') / learner.done:.0f} ms per update"
@@ -363,48 +364,31 @@ def draw(learners: list[Learner], comparison: Comparison, args: argparse.Namespa
     bars.margins(y=0.16)
     bars.set_ylabel("seconds (pale: acting)")
     where = "until the goal" if all(learner.reached for learner in learners) else f"of at most {args.updates} updates"
-    bars.set_title(f"Wall clock {where}", fontsize=11, loc="left")
-    for axes in (curve, bars):
-        axes.grid(alpha=0.25, axis="both" if axes is curve else "y")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    title(bars, f"Wall clock {where}")
+    tidy(curve)
+    tidy(bars, grid="y")
     figure.suptitle(f"Recurrent PPO, CartPole-v1 without its velocities\n{setting(args)}", fontsize=12)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description="Recurrent PPO: the update as one call with resets, beside a loop.")
+    sizes = dict(envs="environments (B)", steps="steps of each environment in an unroll (T)", updates="updates at most")
+    top = program("Recurrent PPO: the update as one call with resets, beside a loop.", sizes, FULL, "recurrent_ppo.png")
     top.add_argument(
         "--update", choices=["sequence", "loop", "both"], default="both", help="which way to train (default: both)"
     )
     top.add_argument(
         "--module", choices=["torch", "fastrnn"], default="torch", help="whose LSTM the loop uses (default: torch)"
     )
-    top.add_argument("--seed", type=seed, default=0, metavar="N", help="of everything random (default: 0)")
-    for name, what in dict(
-        envs="environments (B)", steps="steps of each environment in an unroll (T)", updates="updates at most"
-    ).items():
-        top.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} (default: {FULL[name]})")
-    top.add_argument(
-        "--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1, best for layers this small)"
-    )
-    top.add_argument(
-        "--output", type=picture, default="recurrent_ppo.png", metavar="PNG",
-        help="the picture (default: recurrent_ppo.png)",
-    )  # fmt: skip
-    top.add_argument("--quick", action="store_true", help="a few small updates: shows that it runs, not that it learns")
+    top.set_defaults(threads=1)  # best for layers this small
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    for name, value in (QUICK if args.quick else FULL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    torch.set_num_threads(args.threads)
+    args = settle(parser().parse_args(argv), FULL, QUICK)
     loop = ("loop", {"torch": nn.LSTM, "fastrnn": fastrnn.LSTM}[args.module])
     sequence = ("sequence", fastrnn.LSTM)
     ways = {"loop": [loop], "sequence": [sequence], "both": [loop, sequence]}[args.update]

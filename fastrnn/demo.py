@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import fastrnn
-from fastrnn.terminal import Progress, positive, print_table, rich_console
+from fastrnn.drawing import OURS, THEIRS, new_figure, save, tidy, title
+from fastrnn.terminal import Progress, positive, print_table, rich_console, settle
 
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 FULL = dict(steps=400, hidden=256, layers=2, batch=32, length=64)
@@ -288,15 +289,12 @@ def draw(theirs: Trainee, ours: Trainee, validation: list[float], args: argparse
     """Both loss curves over their own wall-clock time, and their difference step by step."""
     from itertools import accumulate
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 5, dpi=150)
     curve, difference = figure.subplots(1, 2, width_ratios=[1.7, 1])
     reach = len(ours.losses) // 60
-    for trainee, held_out, colour in zip((theirs, ours), validation, ("#d9480f", "#1864ab"), strict=True):
+    for trainee, held_out, colour in zip((theirs, ours), validation, (THEIRS, OURS), strict=True):
         seconds = list(accumulate(trainee.seconds))
         label = f"{trainee.name}: {seconds[-1]:.1f} s, held-out loss {held_out:.3f}"
         curve.plot(seconds, trainee.losses, color=colour, alpha=0.22, linewidth=0.8)
@@ -306,7 +304,7 @@ def draw(theirs: Trainee, ours: Trainee, validation: list[float], args: argparse
     curve.set_xlabel("training time, seconds")
     curve.set_ylabel("loss, nats per character")
     bold = f" (bold: mean of {2 * reach + 1} steps)" if reach else ""
-    curve.set_title(f"Loss over training time{bold}", fontsize=11, loc="left")
+    title(curve, f"Loss over training time{bold}")
     curve.set_xlim(left=0)
     curve.legend(frameon=False, loc="upper right", fontsize=10)
 
@@ -318,21 +316,12 @@ def draw(theirs: Trainee, ours: Trainee, validation: list[float], args: argparse
     difference.xaxis.set_major_locator(MaxNLocator(integer=True))
     difference.set_xlabel("step")
     difference.set_ylabel(f"nats per character (at the edge: at most {EDGE:g})")
-    difference.set_title("Difference at the same step", fontsize=11, loc="left")
-    for axes in (curve, difference):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    title(difference, "Difference at the same step")
+    tidy(curve, difference)
     middle = statistics.median(speed_ups(theirs, ours))
     headline = f"One model, one seed, trained twice: {ours.name} at {middle:.2f} times the speed of {theirs.name}"
     figure.suptitle(f"{headline}\n{setting(args)}", fontsize=12)
-
-    # Written beside its place and moved there whole: an interrupt leaves no half a picture.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(part, format="png")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def picture_path(out: str) -> Path | None:
@@ -349,13 +338,9 @@ def picture_path(out: str) -> Path | None:
 
 
 def main(args: argparse.Namespace) -> int:
-    for name, value in (QUICK if args.quick else FULL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    settle(args, FULL, QUICK)
     path = picture_path(args.out)
     data = Text(read_text(args.text, args.length), args.length)
-    if args.threads:
-        torch.set_num_threads(args.threads)
 
     name = CELLS[args.cell]
     theirs, ours = (Trainee(getattr(package, name), args, len(data.characters)) for package in (nn, fastrnn))

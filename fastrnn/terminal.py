@@ -111,3 +111,28 @@ def picture(text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"expected a file name in a folder that can be written to, got {text!r}")
     return path
+
+
+def program(description: str, sizes: dict[str, str], full: dict[str, int], output: str) -> argparse.ArgumentParser:
+    """A parser with what every example takes: --seed, --threads, --output (a picture named `output`), --quick; and
+    whole numbers: sizes are their names and what they are, full their values without --quick."""
+    top = argparse.ArgumentParser(description=description)
+    for name, what in sizes.items():
+        top.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} (default: {full[name]})")
+    top.add_argument("--seed", type=seed, default=0, metavar="N", help="of everything random (default: 0)")
+    top.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    top.add_argument("--output", type=picture, default=output, metavar="PNG", help=f"the picture (default: {output})")
+    top.add_argument("--quick", action="store_true", help="small and short: shows that it runs, not how well it learns")
+    return top
+
+
+def settle(args: argparse.Namespace, full: dict, quick: dict) -> argparse.Namespace:
+    """Gives what was left out its value, and torch the threads that were asked for."""
+    for name, value in (quick if args.quick else full).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    return args

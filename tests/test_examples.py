@@ -1,30 +1,17 @@
 """examples/: that they run and print what they promise, and what could be wrong in the PPO without anyone noticing."""
 
 import argparse
-import importlib.util
 import math
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import gymnasium
 import pytest
 import torch
+from programs import is_whole_png, load, run, table
 from torch import nn
 
 import fastrnn
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 ppo, ragged = load("recurrent_ppo"), load("ragged")
 
@@ -33,29 +20,6 @@ ppo, ragged = load("recurrent_ppo"), load("ragged")
 def one_thread():
     """Two threads do not pay for layers this small, and where other processes work at the same time they cost."""
     torch.set_num_threads(1)
-
-
-def run(name, *arguments, cwd):
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def is_whole_png(path):
-    picture = path.read_bytes()
-    return picture.startswith(b"\x89PNG") and picture.rstrip(b"\0")[-8:-4] == b"IEND"
-
-
-def table(output, first):
-    """The cells of the table's line that begins with `first`: the lines of progress have a slash."""
-    lines = [line for line in output.splitlines() if line.startswith(first) and "/" not in line]
-    assert len(lines) == 1, output
-    return re.split(r"\s{2,}", lines[0])
 
 
 # ---------------------------------------------------------------------------------------------------- as programs
