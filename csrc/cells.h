@@ -14,6 +14,8 @@
 // gradient of h that does not pass through the recurrent product; dc the gradient of c' in, of c out; da[slots] the
 // gradient of the pre-activations.
 //
+// watched: the gates as the tape keeps them, for who looks at them (problem.h: watched).
+//
 // `bypass`: part of h reaches h' beside the recurrent product (so backward leaves a dh). reads_h: forward and backward
 // read the previous h itself. hidden(o, c) is h' of the LSTM, which keeps c on the tape (the others' last block is h').
 #pragma once
@@ -23,6 +25,14 @@
 
 namespace fastrnn {
 
+// A gate's name, its block on the tape, and what it went through.
+enum class Squash { sigmoid, tanh, relu };
+struct WatchedGate {
+  const char* name;
+  int block;
+  Squash squash;
+};
+
 struct RnnTanh {
   static constexpr const char* name = "rnn_tanh";
   static constexpr CellKind kind = CellKind::rnn_tanh;
@@ -30,6 +40,7 @@ struct RnnTanh {
   static constexpr int hidden_gate[4] = {0, 0, 0, 0};
   static constexpr bool has_c = false, bypass = false, reads_h = false;
   enum { H };  // tape
+  static constexpr WatchedGate watched[] = {{"h", H, Squash::tanh}};
 
   template <class V>
   FASTRNN_FN void forward(const V* a, V& h, V&, V* tape) {
@@ -50,6 +61,7 @@ struct RnnRelu {
   static constexpr int hidden_gate[4] = {0, 0, 0, 0};
   static constexpr bool has_c = false, bypass = false, reads_h = false;
   enum { H };
+  static constexpr WatchedGate watched[] = {{"h", H, Squash::relu}};
 
   template <class V>
   FASTRNN_FN void forward(const V* a, V& h, V&, V* tape) {
@@ -70,6 +82,8 @@ struct Lstm {
   static constexpr int hidden_gate[4] = {0, 1, 2, 3};
   static constexpr bool has_c = true, bypass = false, reads_h = false;
   enum { I, F, G, O, C };  // slots and tape
+  static constexpr WatchedGate watched[] = {
+      {"i", I, Squash::sigmoid}, {"f", F, Squash::sigmoid}, {"g", G, Squash::tanh}, {"o", O, Squash::sigmoid}};
 
   template <class V>
   FASTRNN_FN void forward(const V* a, V& h, V& c, V* tape) {
@@ -85,12 +99,17 @@ struct Lstm {
   FASTRNN_FN V hidden(V o, V c) {
     return o * tanh(c);
   }
+  // The whole gradient of c', with what comes through h'; t is tanh(c').
+  template <class V>
+  FASTRNN_FN V cell_gradient(V o, V t, V dh, V dc) {
+    return fma(dh * o, V::set(1) - t * t, dc);
+  }
   template <class V>
   FASTRNN_FN void backward(const V* tape, V, V c_prev, V& dh, V& dc, V* da) {
     const V one = V::set(1);
     const V i = tape[I], f = tape[F], g = tape[G], o = tape[O];
     const V t = tanh(tape[C]);
-    dc = fma(dh * o, one - t * t, dc);
+    dc = cell_gradient(o, t, dh, dc);
     da[I] = dc * g * i * (one - i);
     da[F] = dc * c_prev * f * (one - f);
     da[G] = dc * i * (one - g * g);
@@ -108,6 +127,8 @@ struct Gru {
   static constexpr bool has_c = false, bypass = true, reads_h = true;
   enum { NH, R, Z, NX };  // slots: hidden part of n, r, z, input part of n
   enum { TAPE_NH, TAPE_R, TAPE_Z, TAPE_N, TAPE_H };
+  static constexpr WatchedGate watched[] = {
+      {"r", TAPE_R, Squash::sigmoid}, {"z", TAPE_Z, Squash::sigmoid}, {"n", TAPE_N, Squash::tanh}};
 
   template <class V>
   FASTRNN_FN void forward(const V* a, V& h, V&, V* tape) {
@@ -143,11 +164,15 @@ inline void for_each_cell(F&& f) {
 }
 
 template <class Cell>
+constexpr int watched_gates = sizeof(Cell::watched) / sizeof(WatchedGate);
+
+template <class Cell>
 constexpr CellTraits traits_of() {
-  return {Cell::name,    Cell::kind,
-          Cell::gates,   Cell::slots,
-          Cell::x_first, {Cell::hidden_gate[0], Cell::hidden_gate[1], Cell::hidden_gate[2], Cell::hidden_gate[3]},
-          Cell::tape,    Cell::has_c};
+  return {Cell::name,         Cell::kind,
+          Cell::gates,        Cell::slots,
+          Cell::x_first,      {Cell::hidden_gate[0], Cell::hidden_gate[1], Cell::hidden_gate[2], Cell::hidden_gate[3]},
+          Cell::tape,         Cell::has_c,
+          watched_gates<Cell>};
 }
 
 }  // namespace fastrnn

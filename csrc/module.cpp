@@ -98,6 +98,9 @@ py::list cells() {
     entry["hidden_gate"] = std::vector<int>(t.hidden_gate, t.hidden_gate + t.gates);
     entry["tape"] = t.tape;
     entry["has_c"] = t.has_c;
+    std::vector<std::string> watched;
+    for (const WatchedGate& gate : decltype(cell)::watched) watched.push_back(gate.name);
+    entry["watched"] = watched;
     list.append(entry);
   });
   return list;

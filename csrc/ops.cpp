@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "layer_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
       "Tensor? d_c_all, bool bidirectional, bool batch_major, bool[] needs, int precision=0, Tensor? h_reset=None, "
-      "Tensor? c_reset=None) -> Tensor[]");
+      "Tensor? c_reset=None, int watch=0) -> Tensor[]");
   m.def(
       "layer_operands(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor tape, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_h_all, "
@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "stack_backward(str cell, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
       "Tensor? lengths, Tensor? reset, Tensor[] saved, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
       "bool bidirectional, bool batch_major, int num_layers, bool[] needs, int precision=0, Tensor? h_reset=None, "
-      "Tensor? c_reset=None) -> Tensor[]");
+      "Tensor? c_reset=None, int watch=0) -> Tensor[]");
 }
 
 namespace {

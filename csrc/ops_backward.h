@@ -57,12 +57,24 @@ std::vector<Tensor> allocate_operands(const Problem& p, Backward& b) {
   return operands;
 }
 
+// Whether steps are watched, of a sequence that goes on after them (problem.h: watched, watched_goes_on), and the sums.
+struct Watching {
+  bool wanted = false, goes_on = false;
+  Tensor sums;
+};
+
+Watching take_watching(Reader& reader) {
+  const int64_t found = reader.take<int64_t>();
+  if (found < 0 || found > 2) fail("watch: expected 0 (no), 1 (yes) or 2 (of a sequence that goes on), got ", found);
+  return {found > 0, found == 2, Tensor()};
+}
+
 // Layers on top of each other, the last one first. needs, and the result: input, h0, c0, the weights of all layers, and
 // h_reset and c_reset if that is asked.
-// operands: to be filled, of one layer; or null.
+// operands: to be filled, of one layer; or null. What is watched comes after the gradients.
 std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const Incoming& incoming, bool bidirectional,
                                  bool batch_major, int64_t count, const std::vector<bool>& needs,
-                                 std::vector<Tensor>* operands = nullptr) {
+                                 std::vector<Tensor>* operands = nullptr, Watching watch = {}) {
   const SerialInForkedChild serial;
   const bool one_step = a.input.defined() && a.input.dim() == 2 && !a.batch_sizes;  // of step()
   const size_t per_layer = weights_per_layer(a, count), weights_end = 3 + a.weights.size();
@@ -90,6 +102,7 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
   std::optional<Tensor> dy = incoming.d_output;
   Wavefront wave;
   bool at_once = false;  // on a GPU
+  int64_t columns = 0;   // of what is watched
   problems.reserve(layers.size());
   for (int64_t k = count - 1; k >= lowest; --k) {
     part.input = k == 0 ? a.input : saved.inputs[static_cast<size_t>(k - saved.from)];
@@ -129,6 +142,13 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
       // Of one layer alone.
       b.dh_all = keep(p, incoming.d_h_all, "d_h_all", {b.D, b.T, b.B, b.P}, "(D, T, B, P)", p.dtype);
       b.dc_all = keep(p, incoming.d_c_all, "d_c_all", {b.D, b.T, b.B, b.H}, "(D, T, B, H)", p.dtype);
+      if (watch.wanted) {
+        if (!p.place.on_cpu()) fail("watch: expected 0 but on the CPU, got another value on ", place_name(p.place));
+        columns = watched::columns(p.cell->has_c, p.cell->watched_gates);
+        watch.sums = empty({count * b.D, b.T, columns}, aoti_torch_dtype_float64(), p.place);
+        if (lowest > 0 || !b.B)  // not all of it will be written
+          std::memset(watch.sums.data_ptr(), 0, size_t(count * b.D * b.T * columns) * sizeof(double));
+      }
       Layer first = b;
       if (lowest == 0) first.I = a.input.size(a.input.dim() - 1);
       if (layers.size() > 1 && p.place.on_cpu())
@@ -173,6 +193,10 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
     }
     allocate_gradients(p, b, part.weights, first_weight(k), results.begin() + 3 + k * static_cast<int64_t>(per_layer));
     if (operands) *operands = allocate_operands(p, b);
+    if (watch.wanted) {
+      b.watched = static_cast<double*>(watch.sums.data_ptr()) + k * b.D * b.T * columns;
+      b.watched_goes_on = watch.goes_on;
+    }
     if (wave.groups > 1 || at_once) {
       if (dy) between.push_back(*dy);
     } else {
@@ -191,6 +215,7 @@ std::vector<Tensor> run_backward(const Arguments& a, const Saved& saved, const I
   if (p.dtype != p.compute && p.state == p.dtype)
     for (size_t i = 3; i < weights_end; ++i)
       if (needs[i]) results[i] = stable::to(results[i], a.input.scalar_type());
+  if (watch.wanted) results.push_back(watch.sums);
   return results;
 }
 
@@ -210,7 +235,9 @@ void layer_backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto needs = reader.take<std::vector<bool>>();
   a.precision = take_precision(reader);
   take_reset_states(reader, a);
-  stack[0] = stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, 1, needs));
+  const Watching watch = take_watching(reader);
+  stack[0] =
+      stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, 1, needs, nullptr, watch));
 }
 
 void layer_operands(StableIValue* stack, uint64_t, uint64_t) {
@@ -249,8 +276,10 @@ void stack_backward(StableIValue* stack, uint64_t, uint64_t) {
   weights_per_layer(a, count);  // which checks that count is one
   if (a.input.defined() && a.input.dim() == 2 && !a.batch_sizes)
     fail("input: expected 3 dimensions (T, B, input_size), got shape ", shape_of(a.input));
+  const Watching watch = take_watching(reader);
   const Saved saved(list, count);
-  stack[0] = stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, count, needs));
+  stack[0] =
+      stable::detail::from(run_backward(a, saved, incoming, bidirectional, batch_major, count, needs, nullptr, watch));
 }
 
 }  // namespace

@@ -84,6 +84,24 @@ struct Forward : Layer {
 constexpr int64_t tape_block = 16;
 constexpr int64_t padded_to_tape_block(int64_t n) { return (n + tape_block - 1) / tape_block * tape_block; }
 
+// What is told of a step (Backward::watched): sums over its rows and units, of squares but for gates. Then, for each
+// gate that the cell names (cells.h): its values, how many of them are low (sigmoid <= 0.1, tanh <= -0.9, relu <= 0)
+// and how many are high (sigmoid >= 0.9, tanh >= 0.9).
+namespace watched {
+enum Column : int {
+  rows,        // that run at this step
+  dh,          // the gradient of h', all of it
+  dh_arrived,  // the part of it that came through the recurrence from the next step (in the order of the direction)
+  h,           // h'
+  dc,          // of a cell with c: the gradient of c', with what comes through h'
+  dc_arrived,  // the part of it that came from the next step, through c' and (without a projection) h'
+  c,           // c'
+};
+constexpr int per_gate = 3;
+constexpr int first_gate(bool has_c) { return has_c ? c + 1 : h + 1; }
+constexpr int columns(bool has_c, int gates) { return first_gate(has_c) + per_gate * gates; }
+}  // namespace watched
+
 struct Backward : Layer {
   const void* tape = nullptr;    // [D, N, tape_width] compute
   ConstRows dy;                  // [T, B, D*P] storage; data null: zero
@@ -113,6 +131,8 @@ struct Backward : Layer {
     void* dh_out = nullptr;  // [D, T, B, P] gradient of the projected state; with a projection
     void* h_raw = nullptr;   // [D, T, B, H] the state before its projection; with a projection
   } operands;
+  double* watched = nullptr;     // [D, T, watched::columns()]; null: not wanted
+  bool watched_goes_on = false;  // dh_n and dc_n came back from steps that follow: they count as arrived
 };
 
 // How a cell's pre-activations are laid out (cells.h): `slots` blocks of H columns. The recurrent product feeds the
@@ -127,6 +147,7 @@ struct CellTraits {
   int hidden_gate[4];
   int tape;  // blocks of H columns on the tape; with a projection, a block of P more holds the projected state
   bool has_c;
+  int watched_gates;
 };
 
 const CellTraits& traits(CellKind kind);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastrnn.ops import CELLS
+from fastrnn.ops import CELLS, watched_width
 
 
 def empty_rows(like: Tensor, T, B, columns, batch_major: bool) -> Tensor:
@@ -104,12 +104,24 @@ def gradients(input, batch_major, needs, h0, c0, weights, h_reset, c_reset) -> l
     return [d_input, *(gradient(needed, of) for needed, of in zip(needs[1:], others, strict=True))]
 
 
+def watched(cell, input, layers, T, watch: int) -> list[Tensor]:
+    """What a backward operator returns after the gradients."""
+    return [input.new_empty(layers, T, watched_width(cell), dtype=torch.float64)] if watch else []
+
+
+def _steps(input, batch_sizes):
+    if batch_sizes is not None:
+        return batch_sizes.size(0)
+    return input.size(0) if input.dim() == 3 else 1
+
+
 @torch.library.register_fake("fastrnn::layer_backward")
 def _(
     cell, input, h0, c0, weights, batch_sizes, lengths, reset, tape, d_output, d_h_n, d_c_n, d_h_all, d_c_all,
-    bidirectional, batch_major, needs, precision=0, h_reset=None, c_reset=None,
+    bidirectional, batch_major, needs, precision=0, h_reset=None, c_reset=None, watch=0,
 ):  # fmt: skip
-    return gradients(input, batch_major, needs, h0, c0, weights, h_reset, c_reset)
+    D, T = 2 if bidirectional else 1, _steps(input, batch_sizes)
+    return gradients(input, batch_major, needs, h0, c0, weights, h_reset, c_reset) + watched(cell, input, D, T, watch)
 
 
 @torch.library.register_fake("fastrnn::layer_operands")
@@ -129,9 +141,10 @@ def _(
 @torch.library.register_fake("fastrnn::stack_backward")
 def _(
     cell, input, h0, c0, weights, batch_sizes, lengths, reset, saved, d_output, d_h_n, d_c_n, bidirectional,
-    batch_major, num_layers, needs, precision=0, h_reset=None, c_reset=None,
+    batch_major, num_layers, needs, precision=0, h_reset=None, c_reset=None, watch=0,
 ):  # fmt: skip
-    return gradients(input, batch_major, needs, h0, c0, weights, h_reset, c_reset)
+    L, T = num_layers * (2 if bidirectional else 1), _steps(input, batch_sizes)
+    return gradients(input, batch_major, needs, h0, c0, weights, h_reset, c_reset) + watched(cell, input, L, T, watch)
 
 
 def _products(cell: str, input, weights, bidirectional: bool) -> tuple[int, int, int]:

@@ -51,6 +51,19 @@ EXACT, TF32, BF16 = 0, 1, 2  # csrc/problem.h: Precision
 CELLS: dict[str, dict] = {cell["name"]: cell for cell in _C.cells()}
 
 
+def watched_columns(cell: str) -> dict[str, int]:
+    """Where is what of a step of back-propagation that is watched: csrc/problem.h, watched. A gate's name is the first
+    of three columns: the sum of its values, how many are low, how many are high."""
+    entry = CELLS[cell]
+    names = ["rows", "dh", "dh_arrived", "h", *(["dc", "dc_arrived", "c"] if entry["has_c"] else [])]
+    columns = {name: i for i, name in enumerate(names)}
+    return columns | {f"gate {name}": len(names) + 3 * g for g, name in enumerate(entry["watched"])}
+
+
+def watched_width(cell: str) -> int:
+    return max(watched_columns(cell).values()) + 3
+
+
 def _operator(overload):
     """Makes the name of a function that only documents an operator the operator itself: no frame, no argument list."""
 
@@ -268,6 +281,7 @@ def layer_backward(
     precision: int = 0,
     h_reset: Tensor | None = None,
     c_reset: Tensor | None = None,
+    watch: int = 0,
 ) -> list[Tensor]:
     """Back-propagation through time of `layer`; with a 2-D input and no batch_sizes, of `step`, whose shapes it takes.
 
@@ -275,6 +289,10 @@ def layer_backward(
     h_reset, c_reset; the result has the same order, with a tensor of shape (0,) for what was not wanted. Where states
     are float32 and input is not, all gradients but that of the output are too. Incoming gradients may be None (zero)
     and of any strides. `batch_major` gives the gradient of the input the layout that it gives `layer`'s output.
+
+    watch (on the CPU): 1, or 2 when d_h_n and d_c_n came back from steps that follow. The result then ends with a
+    float64 tensor (D, T, watched_width(cell)): for every step, summed over its rows and units, what `watched_columns`
+    names; squares, but for the count of rows and the gates.
     """
 
 
@@ -356,6 +374,7 @@ def stack_backward(
     precision: int = 0,
     h_reset: Tensor | None = None,
     c_reset: Tensor | None = None,
+    watch: int = 0,
 ) -> list[Tensor]:
     """Back-propagation through time for the same arguments as `stack` and what it saved. All else as for
-    `layer_backward`."""
+    `layer_backward`; what is watched has L*D for D, and is zero for layers of which no gradient is wanted."""

@@ -87,10 +87,12 @@ class _OneWay:
         return h, c, saved
 
     def backward(
-        self, h_marks, c_marks, saved, d_output, d_h, d_c, d_h_all, d_c_all, d_input: Tensor | None, needs
-    ) -> list:
+        self, h_marks, c_marks, saved, d_output, d_h, d_c, d_h_all, d_c_all, d_input: Tensor | None, needs,
+        watched: list | None = None,
+    ) -> list:  # fmt: skip
         """d_h and d_c: of the last states; d_h_all and d_c_all (T, B, ...): of one layer's; d_input (T, B, I): to be
-        written. needs: of h0, c0, weights and reset states, as the result."""
+        written. needs: of h0, c0, weights and reset states, as the result. watched: gets a chunk's, the last first.
+        """
         sums = None
         for k in reversed(range(len(self.bounds) - 1)):
             begin, end = self.bounds[k : k + 2]
@@ -104,6 +106,9 @@ class _OneWay:
             carried = (True, c is not None) if k else needs[:2]
             wanted = [d_input is not None, *carried, *needs[2:]]
             arguments, last = self.arguments(k, h, c), (wanted, self.precision, *self.starts)
+            if watched is not None:
+                goes_on = sums is not None  # the chunk after this one was worked on
+                last = (wanted, self.precision, *(self.starts or (None, None)), 2 if goes_on else 1)
             if self.layers > 1:
                 found = ops.stack_backward(
                     *arguments, saved, part(d_output), d_h, d_c, False, False, self.layers, *last
@@ -111,6 +116,8 @@ class _OneWay:
             else:
                 states = (None if t is None else t[begin:end].unsqueeze(0) for t in (d_h_all, d_c_all))
                 found = ops.layer_backward(*arguments, *saved, part(d_output), d_h, d_c, *states, False, False, *last)
+            if watched is not None:
+                watched.append(found.pop())
             if d_input is not None:
                 d_input[begin:end] = found[0]
             d_h, d_c = found[1], found[2] if c is not None else None
@@ -237,7 +244,7 @@ torch.library.define(
 torch.library.define(
     "fastrnn::recomputed_backward",
     f"({_SCHEMA}Tensor h_marks, Tensor c_marks, Tensor[] saved, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, "
-    "Tensor? d_h_all, Tensor? d_c_all, bool batch_major, bool[] needs) -> Tensor[]",
+    "Tensor? d_h_all, Tensor? d_c_all, bool batch_major, bool[] needs, int watch=0) -> Tensor[]",
 )
 forward = torch.ops.fastrnn.recomputed.default
 backward = torch.ops.fastrnn.recomputed_backward.default
@@ -280,7 +287,9 @@ def _forward(*arguments):
 
 @torch.library.impl("fastrnn::recomputed_backward", _DEVICES)
 def _backward(*arguments):
-    *arguments, h_marks, c_marks, saved, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs = arguments
+    if not isinstance(arguments[-1], int):
+        arguments = (*arguments, 0)  # a default, which the dispatcher leaves out
+    *arguments, h_marks, c_marks, saved, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs, watch = arguments
     call = _Call(*arguments)
     x, D, lstm = call.x, call.D, call.cell == "lstm"
     per, resets = len(call.weights) // D, call.h_reset is not None
@@ -290,9 +299,10 @@ def _backward(*arguments):
     if needs[0]:  # two directions add up in float32 before they are rounded
         like = x if D == 1 else x.new_empty(0, dtype=call.wide)
         d_input = fakes.empty_rows(like, call.T, call.B, x.size(2), batch_major and call.rows is None)
-    found = []
+    found, watched = [], []
     for d in range(D):
         part = slice(None) if D == 1 else slice(d, d + 1)
+        chunks = [] if watch else None
         to = d_input if d == 0 or d_input is None else torch.empty_like(d_input)
         of_all = (None if t is None else call.turned(t[d], d) for t in (d_h_all, d_c_all))
         found.append(
@@ -300,9 +310,12 @@ def _backward(*arguments):
                 h_marks[:, part], c_marks[:, part] if lstm else None, saved if D == 1 else saved[d : d + 1],
                 call.turned(call.columns(d_output, d), d),
                 call.of(d_h_n, d), call.of(d_c_n, d), *of_all, to,
-                [*needs[1:3], *needs[3 + d * per : 3 + (d + 1) * per], *(needs[-2:] if resets else ())],
+                [*needs[1:3], *needs[3 + d * per : 3 + (d + 1) * per], *(needs[-2:] if resets else ())], chunks,
             )
         )  # fmt: skip
+        if watch:
+            sums = torch.cat(chunks[::-1], 1)
+            watched.append(sums.flip(1) if d else sums)
         if d and d_input is not None:
             d_input += call.turned(to, d)
     # of both directions: states side by side, weights one after the other
@@ -311,7 +324,8 @@ def _backward(*arguments):
     if resets:
         reset_states = [torch.cat(parts) if n else None for n, parts in zip(needs[-2:], zip(*(p[-2:] for p in found)))]
     results = [None if d_input is None else call.packed(d_input), *states, *weights, *(reset_states if resets else ())]
-    return [g.to(call.dtype) if n else x.new_empty(0) for g, n in zip(results, needs)]
+    results = [g.to(call.dtype) if n else x.new_empty(0) for g, n in zip(results, needs)]
+    return results + ([torch.cat(watched)] if watch else [])
 
 
 @torch.library.register_fake("fastrnn::recomputed")
@@ -344,9 +358,11 @@ def _(
 @torch.library.register_fake("fastrnn::recomputed_backward")
 def _(
     cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, num_layers, precision, h_reset, c_reset,
-    h_marks, c_marks, saved, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs,
+    h_marks, c_marks, saved, d_output, d_h_n, d_c_n, d_h_all, d_c_all, batch_major, needs, watch=0,
 ):  # fmt: skip
-    return fakes.gradients(input, batch_major, needs, h0, c0, weights, h_reset, c_reset)
+    L, T = num_layers * (2 if bidirectional else 1), input.size(0) if batch_sizes is None else batch_sizes.size(0)
+    found = fakes.gradients(input, batch_major, needs, h0, c0, weights, h_reset, c_reset)
+    return found + fakes.watched(cell, input, L, T, watch)
 
 
 @register_flop_formula(torch.ops.fastrnn.recomputed)
@@ -357,4 +373,4 @@ def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, 
 @register_flop_formula(torch.ops.fastrnn.recomputed_backward)
 def _(cell, input, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, num_layers, *rest, **_) -> int:
     forward = fakes.forward_flops(cell, input, weights, bidirectional, num_layers)
-    return forward + fakes.backward_flops(cell, input, weights, bidirectional, rest[-1], num_layers)
+    return forward + fakes.backward_flops(cell, input, weights, bidirectional, rest[12], num_layers)

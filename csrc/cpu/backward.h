@@ -42,6 +42,7 @@ struct BackwardPass {
   int64_t* chunk_begin;  // [chunks + 1] first step of each
   int64_t R, Rw;         // rows that a buffer has room for; as words
   int64_t longest;       // rows of the largest slice
+  int64_t most_steps;    // of a chunk
 
   // What a chunk leaves for the gradients. Absent pieces are not wanted.
   struct Buffer {
@@ -79,6 +80,7 @@ struct BackwardPass {
     bool cut;      // no gradient goes on from this step
     bool was_cut;  // none came from the one before
     bool last;     // none goes on because the row began here
+    bool carried;  // one came from the one before
   };
 
   struct Worker {
@@ -91,6 +93,8 @@ struct BackwardPass {
     char** dx;  // [R]
     T* panel;
     bool idle;
+    Watch<Cell, V>* watch;  // null: nobody watches
+    double* watched;        // [D][2][most_steps][columns] a chunk's steps, those of the chunk before
   };
 
   explicit BackwardPass(const Backward& backward) : p(backward) {}
@@ -136,12 +140,13 @@ struct BackwardPass {
     longest = ceil_div(p.B, split.slices);
     chunk_begin = carve.take<int64_t>(p.T + 1);
     chunks = 0;
-    R = 0;
+    R = most_steps = 0;
     for (int64_t begin = 0, t = 0; t < p.T; ++t) {  // whole steps, as many as fit, at least one
       if (t == begin && memory) chunk_begin[chunks] = begin;
       const int64_t rows = rows_before(p, t + 1) - rows_before(p, begin);
       if (t + 1 < p.T && rows + active_rows(p, t + 1) <= chunk_rows) continue;
       R = larger(R, rows);
+      most_steps = larger(most_steps, t + 1 - begin);
       begin = t + 1;
       ++chunks;
     }
@@ -200,8 +205,19 @@ struct BackwardPass {
     for (int i = 0; i < split.workers; ++i) {
       const Place place(split, i);
       carve.gap();
-      Worker w{
-          Slice(p, split.slices, place.slice), nullptr, place.part, 0, 0, 0, 0, nullptr, nullptr, nullptr, place.idle};
+      Worker w{Slice(p, split.slices, place.slice),
+               nullptr,
+               place.part,
+               0,
+               0,
+               0,
+               0,
+               nullptr,
+               nullptr,
+               nullptr,
+               place.idle,
+               nullptr,
+               nullptr};
       w.first_out = first_block(w_hh[0], place.part, split.parts);
       w.last_out = first_block(w_hh[0], place.part + 1, split.parts);
       w.first = projected ? first_block(w_hr[0], place.part, split.parts) : w.first_out;
@@ -209,6 +225,11 @@ struct BackwardPass {
       w.rows = carve.take<Row>(longest);
       w.dx = carve.take<char*>(p.dx.data ? R : 0);
       w.panel = carve.take<T>(once ? larger(K, p.P) * group_vectors * W : 0);
+      if (p.watched) {
+        w.watch = carve.take<Watch<Cell, V>>(1);
+        w.watched = carve.take<double>(2 * p.D * most_steps * Watch<Cell, V>::columns);
+        if (memory) w.watch->clear();
+      }
       if (!memory) continue;
       w.states = states + place.slice * p.D;
       workers[i] = w;
@@ -408,6 +429,7 @@ struct BackwardPass {
       for (int64_t i = carried; i < s.now; ++i)  // rows whose last step this is
         for (int v = 0; v < U; ++v) receive(w, s, i, block + v, V::load(s.state.dh_n + i * Pp + (block + v) * W));
     });
+    if (w.watch && !projected && k < chunks) end_watched_step(w, s, k);
   }
 
   FASTRNN_MEMBER void put_first(V x, void* to, int64_t at, int64_t n) const {
@@ -438,6 +460,7 @@ struct BackwardPass {
             buffers[2 * d + (before & 1)].dgates + (buffer_row(c_before, rank) + from - chunk_begin[c_before]) * Ww;
         row.was_cut = is_cut(p, d, from, b);
       }
+      row.carried = i < carried ? !row.was_cut : p.watched_goes_on && t == (d ? 0 : p.T - 1);
       if (i >= s.now) continue;
       row.at = buffer_row(c, rank) + t - chunk_begin[c];
       row.cut = is_cut(p, d, t, b);
@@ -456,6 +479,7 @@ struct BackwardPass {
   FASTRNN_MEMBER void receive(const Worker& w, const Step& s, int64_t i, int64_t block, V dh) const {
     const Row& row = w.rows[i];
     const int64_t unit = block * W, n = p.P - unit;
+    if (w.watch) w.watch->arrives(row.carried ? dh : V::set(0), n);
     if (row.dy) dh = dh + Storage<V>::load(storage, row.dy + unit * storage.size, n);
     if (p.dh_all) dh = dh + load_state_gradient(p.dh_all, w, s, i, p.P, unit);
     if (!projected) {
@@ -463,6 +487,10 @@ struct BackwardPass {
       return;
     }
     const int64_t at = row.at;
+    if (w.watch) {
+      w.watch->add(watched::dh, dh, n);
+      w.watch->add(watched::h, V::load(row.tape + Cell::tape * tape_h + unit), n);
+    }
     dh.store(s.state.dh + i * Pp + unit);
     if (s.buffer.dh_out) put(dh, s.buffer.dh_out, block, at);
     if (s.buffer.h_prev)
@@ -490,6 +518,7 @@ struct BackwardPass {
           for (int v = 0; v < U; ++v) through_cell(w, s, i + r, block + v, sum[r][v]);
       });
     });
+    if (w.watch) end_watched_step(w, s, k);
   }
 
   // x as row `at` of a block of the operands of weight gradients.
@@ -523,6 +552,7 @@ struct BackwardPass {
       if (p.dc_all) dc = dc + load_state_gradient(p.dc_all, w, s, i, p.H, unit);
       if (s.buffer.h_raw) put(hidden(row.tape, unit), s.buffer.h_raw, block, at);
     }
+    if (w.watch) watch_cell(w, s, i, unit, dh, dc);
     Cell::backward(tape, h_prev, c_prev, dh, dc, da);
     if (s.buffer.h_prev && !projected) put(h_prev, s.buffer.h_prev, block, at);
     for (int k = 0; k < S; ++k) {
@@ -537,6 +567,52 @@ struct BackwardPass {
     }
     if (row.last && p.dc0) put_first(dc, p.dc0, (s.d * p.B + row_of(p, w.slice.rank(i))) * p.H + unit, p.H - unit);
     dc.store(s.state.dc + i * Hp + unit);
+  }
+
+  // dh, dc: what enters the cell's backward. Beside the step, not in it: few calls are watched.
+  __attribute__((noinline)) void watch_cell(const Worker& w, const Step& s, int64_t i, int64_t unit, V dh, V dc) const {
+    const Row& row = w.rows[i];
+    const int64_t n = p.H - unit;
+    const T* tape = row.tape + unit;
+    Watch<Cell, V>& watch = *w.watch;
+    V h = V::load(tape + state_block * tape_h);
+    if constexpr (Cell::has_c) {
+      const V o = V::load(tape + Cell::O * tape_h), t = tanh(h);
+      watch.add(watched::c, h, n);
+      watch.add(watched::dc, Cell::cell_gradient(o, t, dh, dc), n);
+      const V arrived = projected ? V::set(0) : watch.arrived;
+      const V dc_arrived = row.carried ? V::load(s.state.dc + i * Hp + unit) : V::set(0);
+      watch.add(watched::dc_arrived, Cell::cell_gradient(o, t, arrived, dc_arrived), n);
+      h = o * t;
+    }
+    if (!projected) {
+      watch.add(watched::dh, dh, n);
+      watch.add(watched::h, h, n);
+    }
+    watch.add_gates(tape, tape_h, n);
+  }
+
+  double* watched_step(const Worker& w, int d, int64_t k, int64_t step) const {
+    return w.watched + ((2 * d + (k & 1)) * most_steps + step) * Watch<Cell, V>::columns;
+  }
+  void end_watched_step(const Worker& w, const Step& s, int64_t k) const {
+    double* to = alone() ? p.watched + (s.d * p.T + s.t) * Watch<Cell, V>::columns
+                         : watched_step(w, s.d, k, s.t - chunk_begin[chunk(s.d, k)]);
+    w.watch->write(w.part == 0 ? s.now : 0, to);
+  }
+  bool alone() const { return split.recurrent() == 1; }
+  // This worker's share of a chunk's steps, summed over all workers.
+  void sum_watched(int64_t worker, int round, int d, int64_t k) const {
+    const int64_t n = steps(d, k), end = share_of(n, worker + 1, split.workers);
+    for (int64_t i = share_of(n, worker, split.workers); i < end; ++i) {
+      double* to = p.watched + (d * p.T + chunk_begin[chunk(d, k)] + i) * Watch<Cell, V>::columns;
+      zero(to, Watch<Cell, V>::columns);
+      for (int64_t other = 0; other < split.recurrent(); ++other) {
+        if (direction(other, round) != d) continue;
+        const double* from = watched_step(workers[other], d, k, i);
+        for (int j = 0; j < Watch<Cell, V>::columns; ++j) to[j] += from[j];
+      }
+    }
   }
 
   // --------------------------------------------------------------------------------------------- a chunk's gradients
@@ -622,6 +698,7 @@ struct BackwardPass {
       });
       if (p.dx.data) input_gradient(worker, d, k, c, b);
       hand_out(worker, d, c, b);
+      if (p.watched && !alone()) sum_watched(worker, round, d, k);
     }
   }
 

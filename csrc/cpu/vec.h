@@ -123,6 +123,15 @@ FASTRNN_INLINE void store_f16(uint16_t* p, f32 x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// The sum of the lanes. Squares in double: of two lanes in one.
+FASTRNN_INLINE float total(f32 x) { return _mm512_reduce_add_ps(x.v); }
+FASTRNN_INLINE double total(f64 x) { return _mm512_reduce_add_pd(x.v); }
+FASTRNN_INLINE f64 squares(f64 x) { return x * x; }
+FASTRNN_INLINE f64 squares(f32 x) {
+  const f64 low{_mm512_cvtps_pd(_mm512_castps512_ps256(x.v))}, high{_mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))};
+  return fma(low, low, high * high);
+}
+
 #elif defined(FASTRNN_ISA_AVX2)
 
 FASTRNN_INLINE __m256i lane_mask32(int n) {
@@ -237,6 +246,21 @@ FASTRNN_INLINE void store_f16(uint16_t* p, f32 x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+FASTRNN_INLINE double total(f64 x) {
+  const __m128d halves = _mm_add_pd(_mm256_castpd256_pd128(x.v), _mm256_extractf128_pd(x.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(halves, _mm_unpackhi_pd(halves, halves)));
+}
+FASTRNN_INLINE float total(f32 x) {
+  const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  const __m128 pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+  return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps(pairs, pairs, 1)));
+}
+FASTRNN_INLINE f64 squares(f64 x) { return x * x; }
+FASTRNN_INLINE f64 squares(f32 x) {
+  const f64 low{_mm256_cvtps_pd(_mm256_castps256_ps128(x.v))}, high{_mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))};
+  return fma(low, low, high * high);
+}
+
 #else  // one lane, plain C++: the oracle, and every machine without a tier of its own
 
 template <class Real, class Bits, int mantissa, int bias>
@@ -294,6 +318,10 @@ struct Lane {
 };
 using f32 = Lane<float, uint32_t, 23, 127>;
 using f64 = Lane<double, uint64_t, 52, 1023>;
+FASTRNN_INLINE float total(f32 x) { return x.v; }
+FASTRNN_INLINE double total(f64 x) { return x.v; }
+FASTRNN_INLINE f64 squares(f64 x) { return {x.v * x.v}; }
+FASTRNN_INLINE f64 squares(f32 x) { return {double(x.v) * double(x.v)}; }
 
 FASTRNN_INLINE float float_from_bits(uint32_t bits) {
   float x;

@@ -103,7 +103,7 @@ inline double value(const Buffer& b, Dtype dtype, int64_t i) {
 struct Case {
   CellTraits cell;
   Layer layer;
-  bool all_states = false, operands = false;
+  bool all_states = false, operands = false, watched = false;
   bool wide_dx = false;  // gradient of x in the compute dtype
   Buffer x, h0, c0, reset, h_reset, c_reset, weights[2][5], dy, dh_n, dc_n, dh_all, dc_all;
   std::vector<int64_t> lengths, first_row, steps_above, order;
@@ -225,6 +225,7 @@ inline Case random_case(const Sizes& sizes) {
   }
   c.all_states = integer(0, 1);
   c.operands = integer(0, 3) == 0;
+  c.watched = integer(0, 3) == 0;
   c.wide_dx = p.D == 2 && width_of(dt) == 2;
   c.dy = random_values(dt, c.rows * p.D * p.P, 1);
   c.dh_n = random_values(state, p.D * p.B * p.P, 1);
@@ -239,6 +240,7 @@ inline Case random_case(const Sizes& sizes) {
 struct Results {
   std::vector<Buffer> buffers;
   std::vector<Dtype> dtypes;
+  std::vector<double> watched;  // by themselves: sums over rows, not the same bits for every split
   enum { Y, HN, CN, HALL, CALL, TAPE, DX, DH0, DC0, DHRESET, DCRESET, WEIGHTS };
   enum { OPERANDS = WEIGHTS + 10, COUNT = OPERANDS + 4 };  // 5 weights for each direction
 };
@@ -331,6 +333,8 @@ inline Passes prepare(const Case& c, bool in_place = false) {
   }
   const int first = Results::OPERANDS;
   g.operands = {at(first), at(first + 1), at(first + 2), at(first + 3)};
+  if (c.watched) r.watched.assign(size_t(p.D * p.T * watched::columns(c.cell.has_c, c.cell.watched_gates)), NAN);
+  g.watched = c.watched ? r.watched.data() : nullptr;
   return passes;
 }
 

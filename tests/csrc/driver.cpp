@@ -115,6 +115,26 @@ void test_kept(const Kernels& k, Case& c, const Results& expected) {
            "%s result %d: kept weights change bits: %s", k.isa, b, describe(c).c_str());
 }
 
+// What was watched: of all steps, and the same however the work was shared out, up to the order of its sums.
+void test_watched(const Kernels& k, const Case& c, const Results& one, const Results& many) {
+  const int64_t steps = c.layer.D * c.layer.T;
+  const int columns = watched::columns(c.cell.has_c, c.cell.watched_gates);
+  double rows = 0;
+  for (int column = 0; column < columns && c.watched; ++column) {
+    double difference = 0, norm = 1e-300;
+    for (int64_t step = 0; step < steps; ++step) {
+      const size_t at = size_t(step * columns + column);
+      difference += std::abs(one.watched[at] - many.watched[at]);
+      norm += std::abs(one.watched[at]);
+      if (column == watched::rows) rows += one.watched[at];
+    }
+    EXPECT(difference <= 1e-5 * norm, "%s watched column %d is %g apart: %s", k.isa, column, difference / norm,
+           describe(c).c_str());
+  }
+  EXPECT(!c.watched || rows == double(c.layer.D * c.stored), "%s watched %g rows: %s", k.isa, rows,
+         describe(c).c_str());
+}
+
 void test_layers(int64_t n) {
   const Kernels* tables[8];
   const int count = available(tables);
@@ -127,6 +147,7 @@ void test_layers(int64_t n) {
       force_split(splits[integer(0, 4)]);
       Results many = run(*tables[k], c, threads(int(integer(2, 6))), integer(0, 1));
       force_split("");
+      test_watched(*tables[k], c, one, many);
       test_kept(*tables[k], c, one);
       for (int b = 0; b < Results::COUNT; ++b) {
         const size_t at = size_t(b);
