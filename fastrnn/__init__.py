@@ -4,6 +4,7 @@ fastrnn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell   torch.nn's classes, drop-in
 fastrnn.functional.rnn, lstm, gru                    the same as functions of their weights
 fastrnn.accelerate, restore, patch                   existing models and other people's code
 fastrnn.explain, build_info                          what runs, how, and why
+fastrnn.probe                                        what gradients, states and gates do over time, in training
 fastrnn.workspace_bytes, release_workspace           memory kept between calls
 """
 
@@ -14,6 +15,7 @@ from fastrnn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.convert import accelerate, patch, restore
 from fastrnn.explain import Plan, build_info, explain
 from fastrnn.modules import GRU, LSTM, RNN
+from fastrnn.probe import Probe, probe
 from fastrnn.workspace import release_workspace, workspace_bytes
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "LSTM",
     "LSTMCell",
     "Plan",
+    "Probe",
     "RNN",
     "RNNCell",
     "accelerate",
@@ -29,6 +32,7 @@ __all__ = [
     "explain",
     "functional",
     "patch",
+    "probe",
     "release_workspace",
     "restore",
     "workspace_bytes",

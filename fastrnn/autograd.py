@@ -21,7 +21,7 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, cell, num_layers, saved_from, bidirectional, batch_major, all_states, precision, resets, chunked, slots,
-        batch_sizes, lengths, reset, *tensors,
+        watcher, batch_sizes, lengths, reset, *tensors,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         input, h0, c0, *weights = tensors if slots is None else _spread(tensors, slots)
         weights, starts = (weights[:-2], weights[-2:]) if resets else (weights, ())
@@ -39,6 +39,7 @@ class _Layers(torch.autograd.Function):
         ctx.save_for_backward(batch_sizes, lengths, reset, *tensors, *saved)
         ctx.set_materialize_grads(False)
         ctx.arguments = (cell, num_layers, bidirectional, batch_major, all_states, precision, resets, chunked, slots)
+        ctx.watcher = watcher
         if cell != "lstm":
             return (output, h_n, h_all) if all_states else (output, h_n)
         return (output, h_n, c_n, h_all, c_all) if all_states else (output, h_n, c_n)
@@ -46,7 +47,7 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         cell, num_layers, bidirectional, batch_major, all_states, precision, resets, chunked, slots = ctx.arguments
-        needed = list(ctx.needs_input_grad[13:])
+        needed = list(ctx.needs_input_grad[14:])
         batch_sizes, lengths, reset, *rest = ctx.saved_tensors
         tensors, saved = rest[: len(needed)], rest[len(needed) :]
         if slots is None:
@@ -61,73 +62,97 @@ class _Layers(torch.autograd.Function):
             d_c_n = d_c_all = None
         else:
             d_output, d_h_n, d_c_n, d_h_all, d_c_all = (*grads, None, None)[:5]
+        incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
+        arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset)
 
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            arguments = (batch_sizes, lengths, reset, bidirectional, all_states)
-            with torch.autocast(input.device.type, enabled=False):
-                incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
-                results = _differentiable(cell, num_layers, spread, arguments, needs, incoming, resets)
-        else:
-            arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset)
-            directions = (bidirectional, batch_major)
+        def kernels(needs, watch=()):
+            """What the backward operators return."""
+            directions, last = (bidirectional, batch_major), (needs, precision, *starts)
+            if watch:
+                last = (needs, precision, *(starts or (None, None)), *watch)
             if chunked:
-                incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
-                starts = starts or (None, None)
-                h_marks, c_marks, *saved = saved
-                results = recompute.backward(
-                    *arguments, bidirectional, num_layers, precision, *starts, h_marks, c_marks, saved, *incoming,
-                    batch_major, needs,
+                h_marks, c_marks, *tapes = saved
+                return recompute.backward(
+                    *arguments, bidirectional, num_layers, precision, *(starts or (None, None)), h_marks, c_marks,
+                    tapes, *incoming, batch_major, needs, *watch,
                 )  # fmt: skip
-            elif num_layers == 1:
-                incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
-                results = ops.layer_backward(*arguments, *saved, *incoming, *directions, needs, precision, *starts)
-            else:
-                incoming = (d_output, d_h_n, d_c_n)
-                results = ops.stack_backward(
-                    *arguments, saved, *incoming, *directions, num_layers, needs, precision, *starts
-                )
+            if num_layers == 1:
+                return ops.layer_backward(*arguments, *saved, *incoming, *directions, *last)
+            return ops.stack_backward(*arguments, saved, *incoming[:3], *directions, num_layers, *last)
+
+        watcher = ctx.watcher
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if watcher is not None:
+                with torch.no_grad():
+                    watcher.receive(*_watched(kernels([*needs[:3], *[False] * (len(needs) - 3)], (1,)), needs))
+            more = (batch_sizes, lengths, reset, bidirectional, all_states)
+            with torch.autocast(input.device.type, enabled=False):
+                results = _differentiable(cell, num_layers, spread, more, needs, incoming, resets)
+        elif watcher is not None:
+            results = kernels(needs, (1,))
+            watcher.receive(*_watched(results, needs))
             results = [r if n else None for r, n in zip(results, needs)]
+        else:
+            results = [r if n else None for r, n in zip(kernels(needs), needs)]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
-        return (None,) * 13 + tuple(results)
+        return (None,) * 14 + tuple(results)
+
+
+def _watched(results, needs):
+    """What a watcher receives: the sums, and the gradients of h0 and c0 where they are needed."""
+    return results[-1], results[1] if needs[1] else None, results[2] if needs[2] else None
 
 
 class _Step(torch.autograd.Function):
     """One step of a cell: input (B, I), states (B, ...)."""
 
     @staticmethod
-    def forward(ctx, cell, precision, slots, *tensors):
+    def forward(ctx, cell, precision, slots, watcher, *tensors):
         input, h0, c0, *weights = tensors if slots is None else _spread(tensors, slots)
         h, c, tape = ops.step(cell, input, h0, c0, weights, True, precision)
         ctx.save_for_backward(tape, *tensors)
         ctx.set_materialize_grads(False)
         ctx.arguments = (cell, precision, slots)
+        ctx.watcher = watcher
         return (h, c) if cell == "lstm" else h
 
     @staticmethod
     def backward(ctx, d_h, d_c=None):
         cell, precision, slots = ctx.arguments
         tape, *tensors = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[3:])
+        needed = list(ctx.needs_input_grad[4:])
         spread, needs = (tensors, needed) if slots is None else (_spread(tensors, slots), _spread(needed, slots))
         needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
+        watcher = ctx.watcher
+
+        def kernels(needs, *watch):
+            input, h0, c0, *weights = spread
+            states = (None, d_h, d_c, None, None)
+            return ops.layer_backward(
+                cell, input, h0, c0, weights, None, None, None, tape, *states, False, False, needs, precision,
+                *((None, None, 1) if watch else ()),
+            )  # fmt: skip
+
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            d_h, d_c = None if d_h is None else d_h[None], None if d_c is None else d_c[None]
-            arguments, grads = (None, None, None, False, False), (None, d_h, d_c, None, None)
+            if watcher is not None:
+                with torch.no_grad():
+                    watcher.receive(*_watched(kernels([*needs[:3], *[False] * (len(needs) - 3)], True), needs))
+            lifted_d_h, lifted_d_c = None if d_h is None else d_h[None], None if d_c is None else d_c[None]
+            arguments, grads = (None, None, None, False, False), (None, lifted_d_h, lifted_d_c, None, None)
             lifted = [*(None if t is None else t[None] for t in spread[:3]), *spread[3:]]
             with torch.autocast(spread[0].device.type, enabled=False):
                 results = _differentiable(cell, 1, lifted, arguments, needs, grads)
             results[:3] = [None if r is None else r.squeeze(0) for r in results[:3]]
-        else:
-            input, h0, c0, *weights = spread
-            results = ops.layer_backward(
-                cell, input, h0, c0, weights, None, None, None, tape, None, d_h, d_c, None, None, False, False, needs,
-                precision,
-            )  # fmt: skip
+        elif watcher is not None:
+            results = kernels(needs, True)
+            watcher.receive(*_watched(results, needs))
             results = [r if n else None for r, n in zip(results, needs)]
+        else:
+            results = [r if n else None for r, n in zip(kernels(needs), needs)]
         if slots is not None:
             results = _gather(results, slots, len(tensors))
-        return (None, None, None, *results)
+        return (None, None, None, None, *results)
 
 
 def _spread(unique, slots):
@@ -199,10 +224,12 @@ def layers(
     h_reset: Tensor | None = None,
     c_reset: Tensor | None = None,
     chunked: bool = False,
+    watcher=None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`ops.layer`, or `ops.stack` where there are several, differentiable; all_states for one layer alone.
 
-    chunked: keep little for backward (recompute.py); several layers of one direction alone.
+    chunked: keep little for backward (recompute.py); several layers of one direction alone. watcher: a
+    recording.Watcher, to be told of each step of backward.
 
     Returns output, h_n, c_n, h_all, c_all; None for what the cell or call has not.
     """
@@ -226,7 +253,9 @@ def layers(
     tensors, slots = (input, h0, c0, *weights, *starts), None
     if torch.compiler.is_compiling():  # Dynamo refuses a Function that is given one tensor twice; eager does not mind
         tensors, slots = _unique(tensors)
-    found = _Layers.apply(cell, num_layers, saved_from, *arguments, slots, batch_sizes, lengths, reset, *tensors)
+    found = _Layers.apply(
+        cell, num_layers, saved_from, *arguments, slots, watcher, batch_sizes, lengths, reset, *tensors
+    )
     if lstm:
         return found if all_states else (*found, None, None)
     output, h_n, *h_all = found
@@ -242,7 +271,7 @@ def _first_needed(others, weights, num_layers: int) -> int:
 
 
 def step(
-    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], precision: int
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], precision: int, watcher=None
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.step`, differentiable: input (B, I), states (B, ...). Returns h, c; None for the c of a cell without one."""
     if not needed(input, h0, c0, weights):
@@ -251,7 +280,7 @@ def step(
     tensors, slots = (input, h0, c0, *weights), None
     if torch.compiler.is_compiling():
         tensors, slots = _unique(tensors)
-    found = _Step.apply(cell, precision, slots, *tensors)
+    found = _Step.apply(cell, precision, slots, watcher, *tensors)
     return found if cell == "lstm" else (found, None)
 
 

@@ -11,6 +11,7 @@ from fastrnn import autograd, functional, ops
 from fastrnn.frozen import Packing, freezable, kept, usable
 from fastrnn.modules import twin
 from fastrnn.plan import KERNEL, STEP, TORCH, plan, precision
+from fastrnn.recording import recorder_of
 from fastrnn.stepping import steppable
 
 TORCH_FORWARD = {base: base.forward for base in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
@@ -83,9 +84,12 @@ def _step(self, input, hx):
     if call is None:
         return None
     x, h, c, weights = call
-    route = plan(cell, x, h, c, weights, STEP, False)
+    route, recorder = plan(cell, x, h, c, weights, STEP, False), recorder_of(self)
+    if recorder is not None:
+        recorder, route = functional.watched(recorder, route, x, h, c, weights)
     if route.path is TORCH:
         return None
+    watcher = None if recorder is None else recorder.begin(cell, 1, h is not None).watcher()
     work = route.work
     if route.cast:
         x, weights = x.to(work), [w.to(work) for w in weights]
@@ -94,13 +98,15 @@ def _step(self, input, hx):
     packed = kept(self, x)
     if route.path is not KERNEL:
         h, c = (None if t is None else t[None] for t in (h, c))
-        _, h, c, *_ = functional.one_layer(route, cell, x[None], h, c, weights, None, None, None, False, False, False)
+        _, h, c, *_ = functional.one_layer(
+            route, cell, x[None], h, c, weights, None, None, None, False, False, False, watcher=watcher
+        )
         h, c = h.squeeze(0), None if c is None else c.squeeze(0)
     elif packed is not None and usable(route, x, h, c, weights):
         h, _, c = ops.frozen(packed, x, h, c)
         c = c if cell == "lstm" else None
     else:
-        h, c = autograd.step(cell, x, h, c, weights, precision(work, x.is_cuda))
+        h, c = autograd.step(cell, x, h, c, weights, precision(work, x.is_cuda), watcher)
     return (h, c) if input.dim() == 2 else (h.squeeze(0), None if c is None else c.squeeze(0))
 
 

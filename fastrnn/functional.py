@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import autograd, frozen, ops, reference, transforms
 from fastrnn import recompute as chunks
-from fastrnn.plan import DENSE, KERNEL, PACKED, TORCH, TRANSFORMED, plan, precision
+from fastrnn.plan import DENSE, KERNEL, PACKED, REFERENCE, TORCH, TRANSFORMED, plan, precision
+from fastrnn.recording import slow
 
 _VF = {"rnn_tanh": torch._VF.rnn_tanh, "rnn_relu": torch._VF.rnn_relu, "lstm": torch._VF.lstm, "gru": torch._VF.gru}
 
@@ -38,12 +39,13 @@ def run(
     packed: Tensor | None = None,
     reset_state=None,
     recompute: bool = False,
+    recorder=None,
 ):
     """A checked call.
 
     input 3-D, or 2-D packed with batch_sizes (then rows of hx, reset and results are in packed order, and batch_first
     is False); reset (T, B); packed: the weights as `ops.pack` packs them, to be used where a call allows it;
-    reset_state as hx; recompute: keep little for backward.
+    reset_state as hx; recompute: keep little for backward; recorder: a recording.Recorder that watches the call.
     Returns (output, h_n, c_n, h_all, c_all), None for what there is not.
     """
     h0, c0 = (hx, None) if cell != "lstm" or hx is None else hx
@@ -53,6 +55,8 @@ def run(
         starts = reset_state if cell == "lstm" else (reset_state, None)
     form = DENSE if batch_sizes is None else PACKED
     route = plan(cell, input, h0, c0, [*weights, *starts] if starts else weights, form, extended)
+    if recorder is not None:
+        recorder, route = watched(recorder, route, input, h0, c0, weights, *starts)
     if route.path is TORCH:
         return _run_torch(
             cell, input, h0, c0, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes
@@ -73,9 +77,15 @@ def run(
         reset = reset.to(x.device)
 
     D = 2 if bidirectional else 1
+    T = x.size(0) if batch_sizes is None else batch_sizes.size(0)
     if recompute:
         recompute = route.path is KERNEL and autograd.needed(x, h0, c0, weights, *starts)
-        recompute = recompute and chunks.worthwhile(x.size(0) if batch_sizes is None else batch_sizes.size(0))
+        recompute = recompute and chunks.worthwhile(T)
+    call = None
+    if recorder is not None:
+        call = recorder.begin(cell, T, h0 is not None)
+        # Where rows end, the chunks of a sequence are not what is watched of the whole.
+        recompute = recompute and batch_sizes is None and lengths is None
     at_once = in_one_call(route, num_layers, dropout, training, all_states, recompute and bidirectional)
     if packed is not None and at_once and not all_states and frozen.usable(route, x, h0, c0, weights, *starts):
         output, h_n, c_n = ops.frozen(packed, input, h0, c0, batch_first, batch_sizes, lengths, reset, *starts)
@@ -84,6 +94,7 @@ def run(
         output, h_n, c_n, h_all, c_all = autograd.layers(
             cell, num_layers, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_first, all_states,
             precision(work, x.is_cuda), *(starts or (None, None)), recompute,
+            None if call is None else call.watcher(),
         )  # fmt: skip
     else:
         per = len(weights) // num_layers
@@ -94,6 +105,7 @@ def run(
             found = one_layer(
                 route, cell, x, h, c, weights[k * per : (k + 1) * per], batch_sizes, lengths, reset, bidirectional,
                 batch_first and last, all_states, recompute, *from_reset,
+                watcher=None if call is None else call.watcher(k * D),
             )  # fmt: skip
             layers.append(found)
             x = found[0]
@@ -110,6 +122,15 @@ def run(
     return output, h_n, c_n, h_all, c_all
 
 
+def watched(recorder, route, input, h0, c0, weights, *starts):
+    """The recorder that a call is to be watched by, if it is, and the call's route then."""
+    if torch._C._are_functorch_transforms_active() or not autograd.needed(input, h0, c0, weights, *starts):
+        return None, route
+    if slow(input):
+        return recorder, route._replace(path=REFERENCE)
+    return (None if route.path is TORCH else recorder), route
+
+
 def _onto(lengths: Tensor, device: torch.device) -> Tensor:
     """lengths on a device. Nobody waits where they come from memory that is copied before the call returns."""
     at_once = lengths.is_cpu and _values_are_known() and not lengths.is_pinned()
@@ -123,22 +144,25 @@ def in_one_call(route, num_layers, dropout, training, all_states, apart=False) -
 
 def one_layer(
     route, cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states,
-    recompute=False, *starts,
+    recompute=False, *starts, watcher=None,
 ):  # fmt: skip
     """The results of `ops.layer` on any route but torch's."""
     if route.path is KERNEL:
         return autograd.layers(
             cell, 1, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states,
-            precision(route.work, x.is_cuda), *(starts or (None, None)), recompute,
+            precision(route.work, x.is_cuda), *(starts or (None, None)), recompute, watcher,
         )  # fmt: skip
     if route.path is TRANSFORMED:
         return transforms.layer(
             cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, batch_major, all_states, *starts
         )
+    T = x.size(0) if batch_sizes is None else batch_sizes.size(0)
+    watch = None if watcher is None else watcher.steps(2 if bidirectional else 1, T, x.device)
     with _autocast_off(x):
         output, *states = reference.layer(
-            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states, *starts
-        )
+            cell, x, h0, c0, weights, batch_sizes, lengths, reset, bidirectional, all_states,
+            *(starts or (None, None)), watch=watch,
+        )  # fmt: skip
     if batch_major:
         output = output.transpose(0, 1).contiguous().transpose(0, 1)
     return output, *states
@@ -255,7 +279,7 @@ def _permute(t: Tensor | None, dim: int, order: Tensor | None) -> Tensor | None:
 
 def run_packed(
     cell: str, sequence, hx, weights, bias, num_layers, dropout, training, bidirectional, reset, all_states,
-    packed=None, reset_state=None, recompute=False,
+    packed=None, reset_state=None, recompute=False, recorder=None,
 ):  # fmt: skip
     """`run` for a PackedSequence whose fields are valid, in the caller's row order throughout."""
     data, batch_sizes, order, back = sequence
@@ -267,7 +291,7 @@ def run_packed(
 
     output, h_n, c_n, h_all, c_all = run(
         cell, data, sorted_rows(hx), weights, bias, num_layers, dropout, training, bidirectional, False, batch_sizes,
-        None, _permute(reset, 1, order), all_states, packed, sorted_rows(reset_state), recompute,
+        None, _permute(reset, 1, order), all_states, packed, sorted_rows(reset_state), recompute, recorder,
     )  # fmt: skip
     return (
         PackedSequence(output, batch_sizes, order, back),

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import functional
 from fastrnn.frozen import Packing, freezable, kept, thaw
+from fastrnn.recording import recorder_of
 from fastrnn.stepping import steppable
 
 _CELL = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
@@ -176,12 +177,12 @@ def _forward(self, input, hx, positional, reset, lengths, all_states, reset_stat
     if packed:
         found = functional.run_packed(
             cell, input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            reset, all_states, kept(self, data), reset_state, recompute,
+            reset, all_states, kept(self, data), reset_state, recompute, recorder_of(self),
         )  # fmt: skip
     else:
         found = functional.run(
             cell, data, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, None, lengths, reset, all_states, kept(self, data), reset_state, recompute,
+            batch_first, None, lengths, reset, all_states, kept(self, data), reset_state, recompute, recorder_of(self),
         )  # fmt: skip
     return functional.results(cell, found, unbatched, all_states)
 

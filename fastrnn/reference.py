@@ -17,35 +17,52 @@ from torch.nn.functional import linear
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 
 
-def pointwise(cell: str, x: Tensor, a: Tensor, h: Tensor | None, c: Tensor | None):
-    """The gates of one step, from x (..., G*H), the input projection, and a (..., G*H), what the state h becomes with
-    its weights. Returns the new h (..., H), before a projection, and c."""
+def gates(cell: str, x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+    """The gates of one step (..., H), from x (..., G*H), the input projection, and a (..., G*H), what the state h
+    becomes with its weights: i, f, g, o of the LSTM; r, z, n of the GRU; of an RNN the new h."""
     if cell == "rnn_tanh":
-        return torch.tanh(x + a), None
+        return (torch.tanh(x + a),)
     if cell == "rnn_relu":
-        return torch.relu(x + a), None
+        return (torch.relu(x + a),)
     if cell == "gru":
         x_r, x_z, x_n = x.chunk(3, -1)
         h_r, h_z, h_n = a.chunk(3, -1)
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-        n = torch.tanh(x_n + r * h_n)
-        return (1 - z) * n + z * h, None
+        return r, z, torch.tanh(x_n + r * h_n)
     i, f, g, o = (x + a).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+
+def state(cell: str, gates: tuple[Tensor, ...], h: Tensor | None, c: Tensor | None):
+    """The new h (..., H), before a projection, and c, from the gates and the states before."""
+    if cell == "gru":
+        _, z, n = gates
+        return (1 - z) * n + z * h, None
+    if cell != "lstm":
+        return gates[0], None
+    i, f, g, o = gates
+    c = f * c + i * g
+    return o * torch.tanh(c), c
+
+
+def pointwise(cell: str, x: Tensor, a: Tensor, h: Tensor | None, c: Tensor | None):
+    """`state` of `gates`."""
+    return state(cell, gates(cell, x, a), h, c)
 
 
 def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None):
-    """One step of one direction. x (B, G*H) is the input projection; returns the new h (B, P) and c (B, H)."""
-    h, c = pointwise(cell, x, linear(h, w_hh, b_hh), h, c)
-    return (h if w_hr is None else linear(h, w_hr)), c
+    """One step of one direction. x (B, G*H) is the input projection; returns the new h (B, P), c (B, H), the gates."""
+    found = gates(cell, x, linear(h, w_hh, b_hh))
+    h, c = state(cell, found, h, c)
+    return (h if w_hr is None else linear(h, w_hr)), c, found
 
 
-def _direction(cell, x, h, c, weights, valid, cut, h_reset, c_reset, reverse: bool):
+def _direction(cell, x, h, c, weights, valid, cut, h_reset, c_reset, reverse: bool, watch=None):
     """One direction over the whole sequence.
 
     x (T, B, I), already zero past each row's length. valid, cut: None or bool (T, B, 1); where not valid the state
     stands still, cut[t] separates step t-1 from step t, which starts from h_reset (B, P) and c_reset (B, H), or 0.0.
+    watch: None, or recording.Direction, which is told of states as they enter and leave a step.
     Returns lists over time of h and of c, and the last h and c.
     """
     bias = len(weights) >= 4
@@ -58,15 +75,17 @@ def _direction(cell, x, h, c, weights, valid, cut, h_reset, c_reset, reverse: bo
     for t in range(T - 1, -1, -1) if reverse else range(T):
         # Where a row has ended, or its state is cut, the step starts from a true zero or the reset state: a NaN or inf
         # that waits in the state must not reach the gradients of the weights as 0 * NaN.
-        h_in, c_in = h, c
+        h_in, c_in = (h, c) if watch is None else watch.enters(t, h, c)
         if valid is not None:
-            h_in = torch.where(valid[t], h, 0.0)
-            c_in = c if c is None else torch.where(valid[t], c, 0.0)
+            h_in = torch.where(valid[t], h_in, 0.0)
+            c_in = c if c is None else torch.where(valid[t], c_in, 0.0)
         boundary = t + 1 if reverse else t
         if cut is not None and boundary < T:
             h_in = torch.where(cut[boundary], h_reset, h_in)
             c_in = c if c is None else torch.where(cut[boundary], c_reset, c_in)
-        h_new, c_new = _step(cell, projected[t], h_in, c_in, w_hh, b_hh, w_hr)
+        h_new, c_new, found = _step(cell, projected[t], h_in, c_in, w_hh, b_hh, w_hr)
+        if watch is not None:
+            watch.leaves(t, h_new, c_new, found, None if valid is None else valid[t])
         if valid is None:
             h, c = h_new, c_new
             hs[t], cs[t] = h, c
@@ -92,10 +111,12 @@ def layer(
     all_states: bool,
     h_reset: Tensor | None = None,
     c_reset: Tensor | None = None,
+    watch=None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One layer: the arguments and results of `ops.layer`, without a tape, and None for what was not asked for.
 
     `lengths` may lie on any device and is clamped to 0..T. 16-bit storage is computed in float32, as the kernels do.
+    watch: None, or recording.Steps.
     """
     dtype = input.dtype
     compute = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -127,7 +148,10 @@ def layer(
         if cell == "lstm":
             c = x.new_zeros(B, H) if c0 is None else c0[d].to(compute)
         starts = (0.0 if t is None else t[d].to(compute) for t in (h_reset, c_reset))
-        hs, cs, h, c = _direction(cell, x, h, c, weights[d * per : (d + 1) * per], valid, cut, *starts, reverse=d == 1)
+        watched = None if watch is None else watch(d, T)
+        hs, cs, h, c = _direction(
+            cell, x, h, c, weights[d * per : (d + 1) * per], valid, cut, *starts, reverse=d == 1, watch=watched
+        )
         states = torch.stack(hs)
         outputs.append(states)
         h_n.append(h)

@@ -1,0 +1,201 @@
+"""A probe's figures: onto matplotlib's axes, as one PNG, and to TensorBoard."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from fastrnn import diagnosis
+from fastrnn.drawing import COLOURS, GREY, new_figure, save, tidy, title
+
+MOST = 4  # layers that get a row of their own
+
+
+def plot(probe, path: str | Path) -> None:
+    save(figure(probe), path)
+
+
+def figure(probe):
+    layers = probe.layers()
+    if not layers:
+        raise RuntimeError("probe: expected at least one backward pass before it is drawn, got none")
+    shown = layers
+    if len(layers) > MOST:
+        shown = sorted(layers, key=lambda layer: (diagnosis.flow(layer.last) or [0.0])[-1])[:MOST]
+        shown.sort(key=layers.index)
+    found = new_figure(15, 4.2 * (1 + len(shown)), dpi=80)
+    axes = found.subplots(1 + len(shown), 3, squeeze=False)
+    flow(axes[0, 0], layers)
+    states(axes[0, 1], layers)
+    weights(axes[0, 2], probe.weights())
+    for layer, (left, middle, right) in zip(shown, axes[1:]):
+        heat_map(left, layer)
+        gates(middle, layer)
+        saturation(right, layer)
+    more = f", {MOST} of {len(layers)} layers below" if len(layers) > MOST else ""
+    steps = "1 training step" if probe.trained == 1 else f"{probe.trained} training steps"
+    found.suptitle(f"Probe, {steps}{more}", fontsize=13)
+    return found
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _note(axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def flow(axes, layers, label: str | None = None, color=None) -> None:
+    floor, some = math.inf, False
+    for i, layer in enumerate(layers):
+        steps = max(diagnosis.sequences(layer.last), key=len)
+        norms = [x if x > 0 and math.isfinite(x) else math.nan for x in layer.last.h_grad[steps].tolist()]
+        left = diagnosis.flow(layer.last)
+        known = [value for value in norms if value == value]
+        if not known:
+            continue
+        some = True
+        colour = color or _colour(i)
+        axes.plot(range(len(norms)), norms, color=colour, linewidth=1.8, label=label or layer.name)
+        skipped = len(norms) - len(left)
+        scale = math.log10(norms[skipped]) if norms[skipped] == norms[skipped] else 0.0
+        relative = [value + scale for value in left]
+        axes.plot(
+            range(skipped, len(norms)),
+            [10**value if -300 < value < 300 else math.nan for value in relative],
+            color=colour,
+            linewidth=1.1,
+            linestyle="--",
+        )
+        floor = min(floor, *known)
+    axes.set_yscale("log")
+    axes.set_xlabel("distance from the last step, steps")
+    axes.set_ylabel("norm of dL/dh")
+    title(axes, "Gradient flow (dashed: of the last step's alone)")
+    if some:
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False, fontsize=9)
+    else:
+        _note(axes, "no gradient")
+    tidy(axes)
+
+
+def heat_map(axes, layer) -> None:
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    numbers = sorted(layer.history)
+    T = max(len(layer.history[n]) for n in numbers)
+    values = np.full((len(numbers), T), np.nan)
+    for row, n in enumerate(numbers):
+        norms = layer.history[n].h_grad.numpy()
+        values[row, : len(norms)] = norms
+    values[~(values > 0) | ~np.isfinite(values)] = np.nan
+    title(axes, f"{layer.name}: norm of dL/dh")
+    axes.set_xlabel("time step")
+    axes.set_ylabel("training step")
+    if np.isnan(values).all():
+        _note(axes, "no gradient")
+        return
+    low, high = np.nanmin(values), np.nanmax(values)
+    low = max(low, high * 1e-12)  # what is below is as good as gone, and would take all the colours
+    edges = [numbers[0] - 0.5, *((a + b) / 2 for a, b in zip(numbers, numbers[1:])), numbers[-1] + 0.5]
+    axes.set_facecolor("#dddddd")
+    mesh = axes.pcolormesh(
+        np.arange(T + 1) - 0.5, edges, np.ma.masked_invalid(values), cmap="viridis",
+        norm=LogNorm(low, high if high > low else 10 * low), rasterized=True,
+    )  # fmt: skip
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.figure.colorbar(mesh, ax=axes, pad=0.02)
+    tidy(axes, grid="none")
+
+
+def _lines(axes, layer, value, name: str, limits) -> None:
+    for i, (gate, found) in enumerate(layer.last.gates.items()):
+        axes.plot(value(found).tolist(), color=_colour(i), linewidth=1.6, label=gate)
+    axes.set_xlabel("time step")
+    axes.set_ylim(*limits)
+    title(axes, f"{layer.name}: {name}")
+    axes.legend(frameon=False, fontsize=9, ncols=4, loc="upper right")
+    tidy(axes)
+
+
+def gates(axes, layer) -> None:
+    low = -1.05 if layer.cell == "rnn_tanh" or any(float(g.mean.min()) < 0 for g in layer.last.gates.values()) else 0
+    high = max(1.25, *(1.25 * float(g.mean.max()) for g in layer.last.gates.values()))
+    _lines(axes, layer, lambda gate: gate.mean, "gates, mean", (low, high))
+
+
+def saturation(axes, layer) -> None:
+    what = "units that are off" if layer.cell == "rnn_relu" else "gates, share saturated"
+    _lines(axes, layer, lambda gate: gate.saturated, what, (0, 1.25))
+
+
+def states(axes, layers) -> None:
+    for i, layer in enumerate(layers):
+        record = layer.last
+        rows = record.rows.clamp(min=1).sqrt()
+        axes.plot((record.h / rows).tolist(), color=_colour(i), linewidth=1.8, label=layer.name)
+        if record.c is not None:
+            axes.plot((record.c / rows).tolist(), color=_colour(i), linewidth=1.1, linestyle="--")
+    axes.set_xlabel("time step")
+    axes.set_ylabel("norm for a row (root mean square)")
+    axes.set_ylim(bottom=0)
+    title(axes, "States h" + (" (dashed: c)" if any(layer.last.c is not None for layer in layers) else ""))
+    axes.legend(frameon=False, fontsize=9)
+    tidy(axes)
+
+
+def weights(axes, norms) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for i, (name, found) in enumerate(norms.items()):
+        steps = sorted(found)
+        values = [found[step] if found[step] > 0 and math.isfinite(found[step]) else math.nan for step in steps]
+        style = ["-", "--", ":", "-."][i // len(COLOURS) % 4]
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, values, style, color=_colour(i), linewidth=1.3, marker=marker, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("training step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    title(axes, "Weights: norm of the gradient")
+    if norms:
+        axes.legend(frameon=False, fontsize=7, ncols=1 + len(norms) // 12)
+    else:
+        _note(axes, "no .grad was set")
+    tidy(axes)
+
+
+def to_tensorboard(probe, writer) -> None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("fastrnn: writing to TensorBoard needs it: `pip install tensorboard`") from error
+    own = not hasattr(writer, "add_scalar")
+    to = SummaryWriter(str(writer)) if own else writer
+    try:
+        for layer in probe.layers():
+            tag = f"{layer.name}".replace(" ", "_")
+            for step, record in layer.history.items():
+                left = diagnosis.flow(record)
+                if left and math.isfinite(left[-1]):
+                    to.add_scalar(f"{tag}/log10_of_gradient_left", left[-1], step)
+                to.add_scalar(f"{tag}/gradient_norm_largest", record.h_grad.max().item(), step)
+                to.add_scalar(f"{tag}/gradient_norm_smallest", record.h_grad.min().item(), step)
+                to.add_scalar(f"{tag}/state_norm_last", record.h[-1].item(), step)
+                for name, gate in record.gates.items():
+                    to.add_scalar(f"{tag}/gate_{name}_mean", gate.mean.mean().item(), step)
+                    to.add_scalar(f"{tag}/gate_{name}_saturated", gate.saturated.mean().item(), step)
+        for name, norms in probe.weights().items():
+            for step, norm in norms.items():
+                to.add_scalar(f"gradient_norm/{name}", norm, step)
+        last = max(probe.steps, default=0)
+        to.add_text("probe", "\n".join(f"    {line}" for line in probe.summary().split("\n")), last)
+        if probe.layers():
+            to.add_figure("probe", figure(probe), last, close=False)
+        to.flush()
+    finally:
+        if own:
+            to.close()
