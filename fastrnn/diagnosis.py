@@ -24,7 +24,7 @@ LARGE = 100  # root mean square of a state's units
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: "vanishing", "exploding", "saturated", "spike", "large states", "not finite" or "no gradient"."""
+    """kind: "vanishing", "exploding", "saturated", "spike", "large states", "one step", "not finite", "no gradient"."""
 
     where: str
     kind: str
@@ -137,6 +137,10 @@ def _flow(layer):
         if all(not record.h_grad.any() for record in layer.history.values()):
             advice = "the loss does not depend on it, or gradients are lost after it (their numbers end, a ReLU is off)"
             yield Finding(layer.name, "no gradient", "no gradient arrives", advice)
+        elif all(len(record) > 1 and len(flow(record)) == 1 for record in layer.history.values()):
+            what = f"the loss reads the first of {_steps(len(layer.last))} that it takes, and nothing after it,"
+            advice = "take the last state, h_n; of a reverse direction, output[-1] is the first step's"
+            yield Finding(layer.name, "one step", what, advice)
         return
     over = f"over {_steps(len(left) - 1)}"
     if left[-1] <= -LIMIT:
@@ -225,14 +229,15 @@ def summary(model: str, trained: int, others: list[str], layers, weights) -> str
         lines += [f"  {finding}" for finding in here] or ["  healthy"]
         left = _typical(layer)
         if left and math.isfinite(left[-1]) and abs(left[-1]) < LIMIT:
-            lines.append(f"  {number(left[-1])} of a gradient is left after {_steps(len(left) - 1)}")
+            lines.append(f"  a gradient is multiplied by {number(left[-1])} over {_steps(len(left) - 1)}")
         elif left and left[-1] <= -LIMIT:
             lines.append(f"  1% of a gradient is left after {_steps(reach(left))}")
         gates = (
             f"{name} {gate.mean.mean():.2f}, {gate.low.mean():.0%} low, {gate.high.mean():.0%} high"
             for name, gate in layer.last.gates.items()
         )
-        lines.append(f"  gates (mean, saturated): {'; '.join(gates)}")
+        what = "units" if layer.cell.startswith("rnn") else "gates"
+        lines.append(f"  {what} (mean, saturated): {'; '.join(gates)}")
     rest = [finding for finding in found if all(finding.where != layer.name for layer in layers)]
     if rest:
         lines += ["", "weights", *(f"  {finding}" for finding in rest)]

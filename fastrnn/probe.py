@@ -210,8 +210,8 @@ class Probe:
         probe_figure.plot(self, path)
 
     def draw_flow(self, axes, label: str | None = None, color=None) -> None:
-        """The norm of dL/dh over the distance from the last step, of every layer, onto matplotlib's axes; dashed: what
-        is left of a gradient that comes from the last step alone. label, color: for a model of one layer."""
+        """The norm of dL/dh (of an LSTM dL/dc) over the distance from the last step, of every layer, onto matplotlib's
+        axes; dashed: what is left of the last step's alone. label, color: for a model of one layer."""
         from fastrnn import probe_figure
 
         probe_figure.flow(axes, self.layers(), label, color)

@@ -47,33 +47,24 @@ def _note(axes, text: str) -> None:
 
 
 def flow(axes, layers, label: str | None = None, color=None) -> None:
-    floor, some = math.inf, False
+    drawn = False
     for i, layer in enumerate(layers):
         steps = max(diagnosis.sequences(layer.last), key=len)
-        norms = [x if x > 0 and math.isfinite(x) else math.nan for x in layer.last.h_grad[steps].tolist()]
+        gradient = layer.last.h_grad if layer.last.c is None else layer.last.c_grad
+        norms = [x if 0 < x < math.inf else math.nan for x in gradient[steps].tolist()]
         left = diagnosis.flow(layer.last)
-        known = [value for value in norms if value == value]
-        if not known:
+        if not left:
             continue
-        some = True
-        colour = color or _colour(i)
+        drawn, colour = True, color or _colour(i)
         axes.plot(range(len(norms)), norms, color=colour, linewidth=1.8, label=label or layer.name)
-        skipped = len(norms) - len(left)
-        scale = math.log10(norms[skipped]) if norms[skipped] == norms[skipped] else 0.0
-        relative = [value + scale for value in left]
-        axes.plot(
-            range(skipped, len(norms)),
-            [10**value if -300 < value < 300 else math.nan for value in relative],
-            color=colour,
-            linewidth=1.1,
-            linestyle="--",
-        )
-        floor = min(floor, *known)
+        first = len(norms) - len(left)
+        rest = [norms[first] * 10**value if abs(value) < 300 else math.nan for value in left]
+        axes.plot(range(first, len(norms)), rest, color=colour, linewidth=1.1, linestyle="--")
     axes.set_yscale("log")
     axes.set_xlabel("distance from the last step, steps")
-    axes.set_ylabel("norm of dL/dh")
+    axes.set_ylabel("norm of dL/dh (LSTM: dL/dc)")
     title(axes, "Gradient flow (dashed: of the last step's alone)")
-    if some:
+    if drawn:
         axes.set_xlim(left=0)
         axes.legend(frameon=False, fontsize=9)
     else:
@@ -93,7 +84,7 @@ def heat_map(axes, layer) -> None:
         norms = layer.history[n].h_grad.numpy()
         values[row, : len(norms)] = norms
     values[~(values > 0) | ~np.isfinite(values)] = np.nan
-    title(axes, f"{layer.name}: norm of dL/dh")
+    title(axes, f"{layer.name}: norm of dL/dh (grey: none)")
     axes.set_xlabel("time step")
     axes.set_ylabel("training step")
     if np.isnan(values).all():
@@ -123,13 +114,18 @@ def _lines(axes, layer, value, name: str, limits) -> None:
 
 
 def gates(axes, layer) -> None:
-    low = -1.05 if layer.cell == "rnn_tanh" or any(float(g.mean.min()) < 0 for g in layer.last.gates.values()) else 0
-    high = max(1.25, *(1.25 * float(g.mean.max()) for g in layer.last.gates.values()))
-    _lines(axes, layer, lambda gate: gate.mean, "gates, mean", (low, high))
+    means = [value for gate in layer.last.gates.values() for value in gate.mean.tolist() if math.isfinite(value)]
+    low, high = min([0.0, *means]), max([1.0, *means])
+    low, high = low - 0.04 * (high - low), high + 0.25 * (high - low)
+    _lines(
+        axes, layer, lambda gate: gate.mean, "gates, mean" if layer.cell[:3] != "rnn" else "units, mean", (low, high)
+    )
 
 
 def saturation(axes, layer) -> None:
-    what = "units that are off" if layer.cell == "rnn_relu" else "gates, share saturated"
+    what = {"rnn_relu": "units, share off", "rnn_tanh": "units, share saturated"}.get(
+        layer.cell, "gates, share saturated"
+    )
     _lines(axes, layer, lambda gate: gate.saturated, what, (0, 1.25))
 
 

@@ -733,6 +733,21 @@ def test_other_findings():
     assert {"saturated", "vanishing"} == kinds(found) and "the forget gate f is closed" in found.summary()
 
 
+def test_a_reverse_direction_that_was_read_too_early():
+    layer = fastrnn.GRU(4, 16, bidirectional=True)
+    with torch.no_grad():
+        for name in ("bias_ih_l0", "bias_ih_l0_reverse"):
+            getattr(layer, name)[16:32] = 8  # the update gate keeps
+    with fastrnn.probe(layer) as probe:
+        layer(torch.randn(20, 3, 4))[0][-1].sum().backward()
+    (finding,) = probe.findings()
+    assert (finding.where, finding.kind) == ("the module layer 0, reverse", "one step")
+    assert "reads the first of 20 steps" in probe.summary() and "take the last state, h_n" in probe.summary()
+    with fastrnn.probe(layer) as probe:
+        layer(torch.randn(20, 3, 4))[1].sum().backward()
+    assert probe.findings() == []
+
+
 def test_not_finite_numbers_are_named():
     layer = fastrnn.GRU(4, 16)
     x = torch.randn(10, 2, 4)
@@ -804,7 +819,7 @@ def test_plots_show_what_was_seen():
     probe.draw_flow(axes)
     lines = axes.get_lines()
     assert len(lines) == 12
-    assert lines[0].get_ydata().tolist() == one.last.h_grad.flip(0).tolist()
+    assert lines[0].get_ydata().tolist() == one.last.c_grad.flip(0).tolist()
     axes = new_figure(4, 3).subplots()
     probe.draw_gates(axes)
     assert [line.get_label() for line in axes.get_lines()] == list("ifgo")
