@@ -29,9 +29,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import fastrnn
-from fastrnn.demo import smooth
-from fastrnn.drawing import OURS, THEIRS, new_figure, save, tidy, title
-from fastrnn.terminal import Progress, print_table, program, settle
+from fastrnn.drawing import OURS, THEIRS, new_figure, save, smooth, tidy, title
+from fastrnn.terminal import Progress, launch, print_table, program, settle
 
 PACKAGES = ["asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml"]
 CELLS = {"gru": "GRU", "lstm": "LSTM"}
@@ -269,7 +268,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    launch(main)

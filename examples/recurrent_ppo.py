@@ -18,7 +18,6 @@ CleanRL's ppo_atari_lstm.py.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch import nn
 
 import fastrnn
 from fastrnn.drawing import OURS, THEIRS, save, tidy, title
-from fastrnn.terminal import Progress, print_table, program, settle
+from fastrnn.terminal import Progress, launch, print_table, program, settle
 
 FULL = dict(envs=16, steps=128, updates=400)
 QUICK = dict(envs=4, steps=32, updates=12)
@@ -405,7 +404,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    launch(main)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from fastrnn.drawing import OURS, THEIRS, new_figure, save, tidy, title
+from fastrnn.drawing import OURS, THEIRS, new_figure, save, smooth, tidy, title
 from fastrnn.terminal import Progress, positive, print_table, rich_console, settle
 
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
@@ -274,15 +274,6 @@ def report(theirs: Trainee, ours: Trainee, validation: list[float], args: argpar
         )
     print(f"Verdict:            {verdict}")
     return good
-
-
-def smooth(values: list[float], reach: int) -> list[float]:
-    """Mean over each value and `reach` neighbours either side; fewer at the steep start and at the end."""
-    found = []
-    for i in range(len(values)):
-        near = values[i - min(reach, i) : i + min(reach, i) + 1]
-        found.append(sum(near) / len(near))
-    return found
 
 
 def draw(theirs: Trainee, ours: Trainee, validation: list[float], args: argparse.Namespace, path: Path) -> None:

@@ -34,6 +34,15 @@ def title(axes, text: str) -> None:
     axes.set_title(text, fontsize=11, loc="left")
 
 
+def smooth(values: list[float], reach: int) -> list[float]:
+    """Mean over each value and `reach` neighbours either side; fewer at the steep start and at the end."""
+    found = []
+    for i in range(len(values)):
+        near = values[i - min(reach, i) : i + min(reach, i) + 1]
+        found.append(sum(near) / len(near))
+    return found
+
+
 def save(figure, path: str | Path) -> None:
     """As a PNG, written beside its place and moved there whole: an interrupt leaves no half a picture."""
     import os

@@ -8,8 +8,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 
 def rich_console():
@@ -136,3 +137,11 @@ def settle(args: argparse.Namespace, full: dict, quick: dict) -> argparse.Namesp
 
         torch.set_num_threads(args.threads)
     return args
+
+
+def launch(main: Callable[[], int]) -> NoReturn:
+    """Runs a program's main function and exits with what it returns; Ctrl-C ends it without a traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
