@@ -3,6 +3,7 @@
 fastrnn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell   torch.nn's classes, drop-in
 fastrnn.functional.rnn, lstm, gru                    the same as functions of their weights
 fastrnn.accelerate, restore, patch                   existing models and other people's code
+fastrnn.init                                         initialisations that know the gates
 fastrnn.explain, build_info                          what runs, how, and why
 fastrnn.probe                                        what gradients, states and gates do over time, in training
 fastrnn.workspace_bytes, release_workspace           memory kept between calls
@@ -10,7 +11,7 @@ fastrnn.workspace_bytes, release_workspace           memory kept between calls
 
 from importlib import metadata as _metadata
 
-from fastrnn import functional
+from fastrnn import functional, init
 from fastrnn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.convert import accelerate, patch, restore
 from fastrnn.explain import Plan, build_info, explain
@@ -31,6 +32,7 @@ __all__ = [
     "build_info",
     "explain",
     "functional",
+    "init",
     "patch",
     "probe",
     "release_workspace",
