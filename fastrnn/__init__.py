@@ -4,6 +4,7 @@ fastrnn.RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell   torch.nn's classes, drop-in
 fastrnn.functional.rnn, lstm, gru                    the same as functions of their weights
 fastrnn.accelerate, restore, patch                   existing models and other people's code
 fastrnn.init                                         initialisations that know the gates
+fastrnn.jacobian_spectrum                            how long states and gradients last: Lyapunov exponents
 fastrnn.explain, build_info                          what runs, how, and why
 fastrnn.probe                                        what gradients, states and gates do over time, in training
 fastrnn.workspace_bytes, release_workspace           memory kept between calls
@@ -17,6 +18,7 @@ from fastrnn.convert import accelerate, patch, restore
 from fastrnn.explain import Plan, build_info, explain
 from fastrnn.modules import GRU, LSTM, RNN
 from fastrnn.probe import Probe, probe
+from fastrnn.spectrum import Spectrum, jacobian_spectrum
 from fastrnn.workspace import release_workspace, workspace_bytes
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "Probe",
     "RNN",
     "RNNCell",
+    "Spectrum",
     "accelerate",
     "build_info",
     "explain",
     "functional",
     "init",
+    "jacobian_spectrum",
     "patch",
     "probe",
     "release_workspace",
