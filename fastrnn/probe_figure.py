@@ -117,16 +117,13 @@ def gates(axes, layer) -> None:
     means = [value for gate in layer.last.gates.values() for value in gate.mean.tolist() if math.isfinite(value)]
     low, high = min([0.0, *means]), max([1.0, *means])
     low, high = low - 0.04 * (high - low), high + 0.25 * (high - low)
-    _lines(
-        axes, layer, lambda gate: gate.mean, "gates, mean" if layer.cell[:3] != "rnn" else "units, mean", (low, high)
-    )
+    what = "units" if layer.cell.startswith("rnn") else "gates"
+    _lines(axes, layer, lambda gate: gate.mean, f"{what}, mean", (low, high))
 
 
 def saturation(axes, layer) -> None:
-    what = {"rnn_relu": "units, share off", "rnn_tanh": "units, share saturated"}.get(
-        layer.cell, "gates, share saturated"
-    )
-    _lines(axes, layer, lambda gate: gate.saturated, what, (0, 1.25))
+    what = {"rnn_relu": "units, share off", "rnn_tanh": "units, share saturated"}
+    _lines(axes, layer, lambda gate: gate.saturated, what.get(layer.cell, "gates, share saturated"), (0, 1.25))
 
 
 def states(axes, layers) -> None:
@@ -158,7 +155,7 @@ def weights(axes, norms) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     title(axes, "Weights: norm of the gradient")
     if norms:
-        axes.legend(frameon=False, fontsize=7, ncols=1 + len(norms) // 12)
+        axes.legend(framealpha=0.7, edgecolor="none", fontsize=7, ncols=1 + len(norms) // 12)
     else:
         _note(axes, "no .grad was set")
     tidy(axes)
