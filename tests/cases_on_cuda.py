@@ -229,6 +229,26 @@ def test_packed_weights_are_the_cpus_alone():
         ops.pack("gru", w, False, 1)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_probe_says_what_it_says_on_the_cpu(kind):
+    """By a loop over steps, since no kernel here makes the sums yet."""
+    layer = build(kind, I, H, num_layers=2, bidirectional=True).double()
+    x = normal(T, B, I, dtype=torch.float64)
+    records = []
+    for device in ("cpu", "cuda"):
+        here = copy.deepcopy(layer).to(device)
+        with fastrnn.probe(here) as probe:
+            here(x.to(device), lengths=LENGTHS, reset=RESET)[0].square().sum().backward()
+        records.append([found.last.as_dict() for found in probe.layers()])
+        assert len(probe.weights()) == len(list(layer.parameters())) and len(records[-1]) == 4
+    for ours, theirs in zip(*records):
+        for name in ("rows", "starts", "h", "h_grad", "h_grad_arrived", "c", "c_grad", "c_grad_arrived"):
+            assert ours[name] == theirs[name] or ours[name] == pytest.approx(theirs[name], rel=1e-9), name
+        for gate, figures in ours["gates"].items():
+            for name, values in figures.items():
+                assert values == pytest.approx(theirs["gates"][gate][name], rel=1e-9)
+
+
 def test_weights_on_a_gpu_are_not_frozen():
     with pytest.raises(ValueError, match="weight_ih_l0: expected a CPU tensor .* got torch.float32 on cuda:0"):
         fastrnn.GRU(I, H).to("cuda").freeze()

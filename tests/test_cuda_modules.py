@@ -368,3 +368,28 @@ def test_another_card_than_the_current_one(path):
     for name, want in expected.items():
         assert found[name].device == torch.device("cuda:1")
         assert found[name].cpu().equal(want.cpu())
+
+
+# ----------------------------------------------------------------------------------------------------------- probe
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", ["torch", "step"])
+def test_a_probe_on_a_card(kind, path):
+    """By a loop over steps: the figures that the CPU's kernels give."""
+    ours, _ = on_card(kind, 9, 18, num_layers=2)
+    ours, x = ours.double(), normal(12, 5, 9, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        here = copy.deepcopy(ours).to(device)
+        with forced(path), fastrnn.probe(here) as probe:
+            here(x.to(device))[0][-1].square().sum().backward()
+        found.append(probe)
+    for on_cpu, on_gpu in zip(*(probe.layers() for probe in found)):
+        for name in ("rows", "h", "h_grad", "h_grad_arrived"):
+            torch.testing.assert_close(
+                getattr(on_gpu.last, name), getattr(on_cpu.last, name), rtol=1e-9, atol=1e-12, msg=name
+            )
+    first, second = (probe.weights() for probe in found)
+    assert first.keys() == second.keys()
+    assert all(abs(first[name][0] - second[name][0]) <= 1e-9 * first[name][0] for name in first)
