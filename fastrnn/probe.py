@@ -80,8 +80,8 @@ class Layer:
 
     @property
     def name(self) -> str:
-        where = f" layer {self.layer}" + (", reverse" if self.reverse else "")
-        return (self.module or "the module") + where
+        where = f"layer {self.layer}" + (", reverse" if self.reverse else "")
+        return f"{self.module} {where}" if self.module else where
 
     @property
     def last(self) -> Record:

@@ -741,7 +741,7 @@ def test_a_reverse_direction_that_was_read_too_early():
     with fastrnn.probe(layer) as probe:
         layer(torch.randn(20, 3, 4))[0][-1].sum().backward()
     (finding,) = probe.findings()
-    assert (finding.where, finding.kind) == ("the module layer 0, reverse", "one step")
+    assert (finding.where, finding.kind) == ("layer 0, reverse", "one step")
     assert "reads the first of 20 steps" in probe.summary() and "take the last state, h_n" in probe.summary()
     with fastrnn.probe(layer) as probe:
         layer(torch.randn(20, 3, 4))[1].sum().backward()
