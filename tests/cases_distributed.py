@@ -34,7 +34,7 @@ FULL = StateDictOptions(full_state_dict=True)
 def group():
     """Two processes. A collective that the other does not come to ends in an error, and does not wait for ever."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     assert dist.get_world_size() == 2
     yield
     dist.destroy_process_group()

@@ -36,7 +36,7 @@ def torchrun(*command, cwd):
         cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        code = process.wait(timeout=200)
+        code = process.wait(timeout=400)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)  # it takes its processes along
