@@ -22,7 +22,6 @@ import argparse
 import math
 import random
 import statistics
-import sys
 import time
 from bisect import bisect_left
 from pathlib import Path
@@ -35,7 +34,7 @@ from torch.nn.functional import cross_entropy
 
 import fastrnn
 from fastrnn.drawing import COLOURS, GREY, new_figure, save, tidy, title
-from fastrnn.terminal import Progress, print_table, program, settle
+from fastrnn.terminal import Progress, launch, print_table, program, settle
 
 FULL = dict(epochs=25, seeds=3, parameters=10_500, batch=64)
 QUICK = dict(epochs=2, seeds=2, parameters=7_000, batch=128)
@@ -84,13 +83,11 @@ class Recurrent(nn.Module):
     def __init__(self, rnn_class: type[nn.RNNBase], width: int):
         super().__init__()
         self.rnn, self.head = rnn_class(PIXELS, width, batch_first=True), nn.Linear(width, CLASSES)
-        with torch.no_grad():
-            for gate in self.rnn.weight_hh_l0.split(width):
-                nn.init.orthogonal_(gate)
-            nn.init.zeros_(self.rnn.bias_ih_l0)
-            nn.init.zeros_(self.rnn.bias_hh_l0)
-            if isinstance(self.rnn, nn.LSTM):
-                self.rnn.bias_ih_l0[width : 2 * width] = 1  # the forget gate
+        fastrnn.init.orthogonal(self.rnn)
+        nn.init.zeros_(self.rnn.bias_ih_l0)
+        nn.init.zeros_(self.rnn.bias_hh_l0)
+        if isinstance(self.rnn, nn.LSTM):
+            fastrnn.init.forget_bias(self.rnn, 1.0)
 
     def forward(self, x):
         _, state = self.rnn(x)
@@ -388,7 +385,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    launch(main)

@@ -34,9 +34,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import fastrnn
-from fastrnn.demo import CELLS, CharacterModel, Text, read_text, smooth
-from fastrnn.drawing import GREY, OURS, THEIRS, new_figure, save, tidy, title
-from fastrnn.terminal import Progress, print_table, program, settle
+from fastrnn.demo import CELLS, CharacterModel, Text, read_text
+from fastrnn.drawing import GREY, OURS, THEIRS, new_figure, save, smooth, tidy, title
+from fastrnn.terminal import Progress, launch, print_table, program, settle
 
 FULL = dict(steps=400, hidden=192, layers=2, batch=32, length=64)
 QUICK = dict(steps=30, hidden=48, layers=2, batch=15, length=24)  # 15 rows: two processes get unequal parts
@@ -254,7 +254,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    launch(main)
