@@ -25,7 +25,6 @@ from fastrnn.modules import resolve
 from fastrnn.reference import pointwise
 
 CHUNK = 1 << 20  # numbers in the pre-activations whose derivatives are held at a time
-UNSORTED = 10.0  # a late direction that is e^10 times larger than an early one is put before it
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,10 @@ class _Layers:
         if call.hx is not None:
             states = tuple(t.detach().double() for t in (call.hx if call.cell == "lstm" else (call.hx,)))
             hx = states if call.cell == "lstm" else states[0]
-        with torch.autocast(data.device.type, enabled=False):
-            _, _, _, h_all, c_all = functional.run(
-                call.cell, data, hx, weights, module.bias, module.num_layers, 0.0, False, module.bidirectional,
-                call.batch_first, None, lengths, None, True,
-            )  # fmt: skip
+        _, _, _, h_all, c_all = functional.run(
+            call.cell, data, hx, weights, module.bias, module.num_layers, 0.0, False, module.bidirectional,
+            call.batch_first, None, lengths, None, True,
+        )  # fmt: skip
         for t in (h_all, c_all):
             if t is not None and not t.isfinite().all():
                 raise ValueError("x, hx: expected a sequence along which all states are finite, got inf or nan in some")
@@ -293,7 +291,7 @@ class _Product:
             factor = R.sign() * (logs - scale.unsqueeze(3)).exp()  # none above 1
             self.U = torch.where(after, factor @ self.U, self.U)
             self.scale = torch.where(after.squeeze(3), scale, self.scale)
-        return self.sorted(Q)
+        return Q
 
     def put_lost_last(self, new: Tensor, row: tuple[int, int]) -> list[int]:
         """The order of the columns in which those that depend on earlier ones come after all others."""
@@ -315,19 +313,6 @@ class _Product:
         if self.U is not None:
             self.U[row] = self.U[row][order]
         return order
-
-    def sorted(self, Q: Tensor) -> Tensor:
-        """Q, its columns and all else put in the order of size where a late one is larger by far. It happens to
-        directions that never mix; QR turns the others by itself."""
-        log = self.logs()
-        later = log.flip(2).cummax(2).values.flip(2)
-        if not (later > log + UNSORTED).any():
-            return Q
-        order = log.sort(dim=2, descending=True, stable=True).indices
-        self.log, self.scale = self.log.gather(2, order), self.scale.gather(2, order)
-        if self.U is not None:
-            self.U = self.U.gather(2, order.unsqueeze(3).expand_as(self.U))
-        return Q.gather(3, order.unsqueeze(2).expand_as(Q))
 
     def logs(self) -> Tensor:
         """log |diag R_t ... R_1|, -inf where nothing is left."""

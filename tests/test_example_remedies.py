@@ -125,7 +125,7 @@ def test_every_recipe_sees_the_same_batches_and_a_seed_decides(monkeypatch):
     for name in ("tanh", "LSTM, chrono, norm", "LSTM, chrono, norm"):
         done = recipe(name)
         remedies.train(done, arguments(), Silent())
-        runs.append((seen.copy(), done.losses, done.norms, done.memory))
+        runs.append((seen.copy(), done.losses, done.norms, done.growth))
         seen.clear()
     for symbols, *_ in runs[1:]:
         assert all(a.equal(b) for a, b in zip(symbols, runs[0][0], strict=True))
@@ -135,15 +135,15 @@ def test_every_recipe_sees_the_same_batches_and_a_seed_decides(monkeypatch):
     assert other.losses != runs[0][1]
 
 
-def test_memory_is_that_of_the_recurrence():
+def test_growth_is_that_of_the_recurrence():
     rnn = fastrnn.RNN(9, 4, nonlinearity="relu")
     with torch.no_grad():
         fastrnn.init.identity(rnn, 0.9).bias_ih_l0.fill_(1.0)
     x, _ = remedies.draw_batch(3, 20, torch.Generator().manual_seed(0))
-    assert remedies.memory(remedies.Model(rnn), x) == pytest.approx(-1 / math.log(0.9))
+    assert remedies.growth(remedies.Model(rnn), x) == pytest.approx(math.log(0.9))
     with torch.no_grad():
         rnn.weight_hh_l0.mul_(1e30)
-    assert math.isnan(remedies.memory(remedies.Model(rnn), x))
+    assert math.isnan(remedies.growth(remedies.Model(rnn), x))
 
 
 def test_a_network_that_learned_nothing_is_a_fault(capsys):
