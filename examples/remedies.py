@@ -15,8 +15,8 @@ through delay + 1 Jacobians (Pascanu, Mikolov and Bengio 2013), which is where t
     LSTM, forget bias 1, chrono      sigmoid(1) = 0.73 is kept at each step; chrono's units keep theirs for 1 to T steps
     GRU, chrono                      (Jozefowicz et al. 2015; Tallec and Ollivier 2018)
 
-`fastrnn.init` makes the weights, `fastrnn.probe` watches the gradients, `fastrnn.jacobian_spectrum` tells the memory:
-the steps after which the best-kept change of the state has shrunk to 1/e.
+`fastrnn.init` makes the weights, `fastrnn.probe` watches the gradients, and `fastrnn.jacobian_spectrum` tells by how
+much the best-kept change of a state grows or shrinks at each step.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Recipe:
     heat_map: bool = False
     losses: list[float] = field(default_factory=list)  # of each training step
     norms: list[float] = field(default_factory=list)  # of its gradient, before it is clipped
-    memory: list[float] = field(default_factory=list)  # before and after training
+    growth: list[float] = field(default_factory=list)  # of the best-kept change of the state, before and after
     probe: fastrnn.Probe | None = None
     test_loss: float = math.nan
     right: float = math.nan
@@ -110,10 +110,10 @@ def clip(parameters: list[nn.Parameter], how: str | None) -> float:
     return norm
 
 
-def memory(model: Model, x: torch.Tensor) -> float:
-    """After how many steps the best-kept change of the state has shrunk to 1/e; nan where states have no end."""
+def growth(model: Model, x: torch.Tensor) -> float:
+    """The largest Lyapunov exponent; nan where states have no end."""
     try:
-        return fastrnn.jacobian_spectrum(model.rnn, x, k=1).memory.item()
+        return fastrnn.jacobian_spectrum(model.rnn, x, k=1).exponents.item()
     except ValueError:
         return math.nan
 
@@ -126,7 +126,7 @@ def train(recipe: Recipe, args: argparse.Namespace, progress: Progress) -> None:
     optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(args.seed)
     example, _ = draw_batch(4, args.delay, generator)
-    recipe.memory.append(memory(model, example))
+    recipe.growth.append(growth(model, example))
     with fastrnn.probe(model) as recipe.probe:
         for step in range(args.steps):
             x, symbols = draw_batch(args.batch, args.delay, generator)
@@ -138,7 +138,7 @@ def train(recipe: Recipe, args: argparse.Namespace, progress: Progress) -> None:
             optimiser.step()
             recipe.losses.append(loss.item())
             progress.update(recipe.name, step + 1, f"loss {loss.item():.3f}  gradient {recipe.norms[-1]:.1e}")
-    recipe.memory.append(memory(model, example))
+    recipe.growth.append(growth(model, example))
     with torch.no_grad():
         x, symbols = draw_batch(TEST, args.delay, generator)
         logits = model(x)
@@ -167,7 +167,7 @@ def setting(args: argparse.Namespace) -> str:
 
 def report(done: list[Recipe], args: argparse.Namespace) -> bool:
     """Prints the figures; False when nothing has learned, or a loss clipped by norm is not finite."""
-    header = ["network, start, clipped by", "loss", "right", "largest gradient", "reaches step 1", "memory", "after"]
+    header = ["network, start, clipped by", "loss", "right", "largest gradient", "reaches step 1", "exponent", "after"]
     rows = [
         [
             recipe.name,
@@ -175,16 +175,16 @@ def report(done: list[Recipe], args: argparse.Namespace) -> bool:
             f"{recipe.right:.1%}",
             f"{max(recipe.norms):.1e}",
             f"{flow(recipe):.0e}",
-            *(f"{steps:.0f}" for steps in recipe.memory),
+            *(f"{exponent:+.3f}" for exponent in recipe.growth),
         ]
         for recipe in done
     ]
     rows.append(["guessing", f"{BASELINE:.4f}", f"{1 / SYMBOLS:.1%}", "", "", "", ""])
     print_table(f"Remedies: {setting(args)}", header, rows)
     print("Gradients:  the largest norm before clipping; the part of it that reaches the first state, at the start")
-    print("Memory:     steps until the best-kept change of the state has shrunk to 1/e, before and after training")
-    for recipe in done[:1]:
-        print(f"\nThe probe of {recipe.name}:\n{recipe.probe.summary()}\n")
+    print("Exponent:   log growth per step of the best-kept change of the state, before training and after:")
+    print("            1 / -exponent steps until it has shrunk to 1/e; above 0 it explodes; -inf where nothing is kept")
+    print(f"\nThe probe of {done[0].name}:\n{done[0].probe.summary()}\n")
     best = min((recipe for recipe in done if math.isfinite(recipe.test_loss)), key=lambda r: r.test_loss, default=None)
     lost = [recipe.name for recipe in done if recipe.clip == "norm" and not math.isfinite(recipe.test_loss)]
     if best is None or best.test_loss > BASELINE / 2 or lost:
@@ -214,12 +214,13 @@ def draw(done: list[Recipe], args: argparse.Namespace, path: Path) -> None:
     figure.legend(*curve.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     distance.get_legend().remove()
     title(curve, f"Loss (dotted: guessing, {BASELINE:.2f})")
-    title(distance, "Gradient by the state, over the distance from the loss")
+    distance.set_ylim(bottom=1e-30)
+    title(distance, "Gradient flow at the end of training (dashed: of LSTM's c)")
     tidy(curve)
     for i, recipe in enumerate(recipe for recipe in done if recipe.heat_map):
         axes = figure.add_subplot(grid[1, i])
         recipe.probe.draw_heat_map(axes)
-        title(axes, recipe.name)
+        title(axes, f"dL/dh: {recipe.name}")
     figure.suptitle(f"Remedies for gradients that vanish and explode: {setting(args)}", fontsize=12)
     save(figure, path)
 
