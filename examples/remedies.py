@@ -21,7 +21,6 @@ much the best-kept change of a state grows or shrinks at each step.
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +31,8 @@ from torch.nn import functional
 
 import fastrnn
 from fastrnn import init
-from fastrnn.demo import smooth
-from fastrnn.drawing import COLOURS, GREY, new_figure, save, tidy, title
-from fastrnn.terminal import Progress, print_table, program, settle
+from fastrnn.drawing import COLOURS, GREY, new_figure, save, smooth, tidy, title
+from fastrnn.terminal import Progress, launch, print_table, program, settle
 
 FULL = dict(delay=100, steps=800, hidden=64, batch=32)
 QUICK = dict(delay=8, steps=120, hidden=24, batch=16)
@@ -204,7 +202,10 @@ def draw(done: list[Recipe], args: argparse.Namespace, path: Path) -> None:
     for recipe in done:
         bold = smooth(recipe.losses, args.steps // 60)
         curve.plot(bold, color=recipe.colour, linestyle=recipe.line, linewidth=1.8, label=recipe.name)
+        before = len(distance.lines)
         recipe.probe.draw_flow(distance, label=recipe.name, color=recipe.colour)
+        for line in distance.lines[before:]:
+            line.set_linestyle(recipe.line)
     curve.axhline(BASELINE, color=GREY, linewidth=1, linestyle=":")
     curve.set_yscale("log")
     lowest = min(min(recipe.losses) for recipe in done)
@@ -212,10 +213,11 @@ def draw(done: list[Recipe], args: argparse.Namespace, path: Path) -> None:
     curve.set_xlabel("training step")
     curve.set_ylabel("loss, nats")
     figure.legend(*curve.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    distance.get_legend().remove()
+    if distance.get_legend():
+        distance.get_legend().remove()
     title(curve, f"Loss (dotted: guessing, {BASELINE:.2f})")
     distance.set_ylim(bottom=1e-30)
-    title(distance, "Gradient flow at the end of training (dashed: of LSTM's c)")
+    title(distance, "Gradient flow at the end of training")
     tidy(curve)
     for i, recipe in enumerate(recipe for recipe in done if recipe.heat_map):
         axes = figure.add_subplot(grid[1, i])
@@ -252,7 +254,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    launch(main)
