@@ -288,6 +288,27 @@ def test_ddp_gives_every_rank_the_first_ones_weights_and_frozen_modules_notice()
 # ---------------------------------------------------------------------------------------------------- FSDP2
 
 
+def test_a_probe_sees_the_mean_of_all_ranks_gradients(mesh):
+    """DDP's are reduced at the end of the backward pass; of a shard, each rank sees its own part. The steps are those
+    of this rank's rows."""
+    torch.manual_seed(0)
+    alone = Model().double()
+    for way in ("ddp", "fsdp"):
+        model = copy.deepcopy(alone)
+        parallel = DistributedDataParallel(model) if way == "ddp" else sharded(model, mesh)
+        arguments, target = part(*batch(7, 0, torch.float64))
+        with fastrnn.probe(parallel) as probe:
+            mse_loss(parallel(*arguments), target).backward()
+        found = {name.removeprefix("module."): norms[0] for name, norms in probe.weights().items()}
+        expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == expected.keys() and len(found) > 10
+        for name, grad in expected.items():
+            here = grad.to_local() if isinstance(grad, DTensor) else grad
+            assert abs(found[name] - here.norm().item()) <= CLOSE * here.norm().item(), name
+        assert probe.trained == 1 and len(probe.layers()) == 2 + 2 + 2 + 1
+        assert all(int(layer.last.rows[0]) == target.size(0) for layer in probe.layers())
+
+
 def sharded(model, mesh, **options):
     """Each RNN by itself, and the root with what is left."""
     for module in model.children():
