@@ -73,7 +73,7 @@ class Recording:
         self._parameters, self._names = list(found), list(found.values())
         self.steps: list[TrainingStep] = []  # finished ones, evenly spread over the training, and the last
         self.trained = 0  # how many there were
-        self._most, self._every, self._current = history, 1, None
+        self._most, self._every, self._bytes, self._current = history, 1, 0, None
 
     def open(self) -> None:
         with _lock:
@@ -105,8 +105,11 @@ class Recording:
         if step.task == task:
             return
         step.task = task
-        # After what others have queued meanwhile: DistributedDataParallel waits for the gradients of its peers there.
-        _queue(lambda: _queue(lambda: self._finish(step)))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # After what others queue meanwhile: DistributedDataParallel waits for the gradients of its peers there.
+            _queue(lambda: _queue(lambda: self._finish(step)))
+        else:
+            _queue(lambda: self._finish(step))
 
     def _finish(self, step: TrainingStep) -> None:
         step.weights = self._norms()
@@ -117,12 +120,14 @@ class Recording:
             self.steps.pop()  # it was kept for being the last
         self.steps.append(step)
         self.trained += 1
+        self._bytes = max(self._bytes, step.bytes())
         while len(self.steps) > 2 and (len(self.steps) > self._most or self.bytes() > _MOST_BYTES):
             self._every *= 2
             self.steps = [s for s in self.steps[:-1] if s.number % self._every == 0] + self.steps[-1:]
 
     def bytes(self) -> int:
-        return len(self.steps) * self.steps[-1].bytes()
+        """What is kept at most: as if every training step were as long as the longest."""
+        return len(self.steps) * self._bytes
 
     def _norms(self) -> dict[str, Tensor | float]:
         """Of the gradients that the parameters hold now."""
