@@ -135,9 +135,8 @@ class Probe:
         found: dict[tuple[int, int], Layer] = {}
         for step in self._recording.steps:
             by_recorder: dict[int, list] = {}
-            for call in step.calls:
-                if call.parts:
-                    by_recorder.setdefault(id(call.recorder), []).append(call)
+            for call in sorted(step.calls, key=lambda call: call.number):
+                by_recorder.setdefault(id(call.recorder), []).append(call)
             for place, recorder in enumerate(self._recording.recorders):
                 for row, record in _records(by_recorder.get(id(recorder), [])):
                     module = recorder.module

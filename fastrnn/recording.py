@@ -92,11 +92,15 @@ class Recording:
                 _EagerMeanwhile.end()
 
     def current(self) -> TrainingStep:
-        """The training step that a forward call belongs to. One in the middle of a backward pass (checkpointing runs
-        them again there) begins no other."""
-        step = self._current
-        if step is None or (step.finished and torch._C._current_graph_task_id() < 0):
-            step = self._current = TrainingStep(self.trained)
+        """The training step that a forward call belongs to. Those in the middle of one backward pass (checkpointing
+        runs them again there, each with a backward pass of its own) belong together."""
+        step, inside = self._current, torch._C._current_graph_task_id()
+        # Outside of any: what a pass that broke off has left is no part of the next.
+        over = step is None or (step.finished or step.task is not None if inside < 0 else step.finished)
+        if over and (step is None or inside < 0 or step.inside != inside):
+            step = self._current = TrainingStep()
+        if inside >= 0:
+            step.inside = inside
         return step
 
     def received(self, step: TrainingStep) -> None:
@@ -115,7 +119,7 @@ class Recording:
         step.weights = self._norms()
         if step.finished:  # of a step with several backward passes, what the last one left
             return
-        step.finished = True
+        step.finished, step.number = True, self.trained
         if self.steps and self.steps[-1].number % self._every:
             self.steps.pop()  # it was kept for being the last
         self.steps.append(step)
@@ -152,10 +156,13 @@ class Recording:
 
 
 class TrainingStep:
-    """number: from 0. calls: of all modules, in order. weights: the norms of the parameters' gradients."""
+    """number: from 0, once it is finished. calls: those of all modules that a backward pass has reached, in its order.
+    begun: how many there were. weights: the norms of the parameters' gradients. task, inside: the backward pass that
+    wrote last, and that in whose middle it had a forward call."""
 
-    def __init__(self, number: int):
-        self.number, self.calls, self.finished, self.task = number, [], False, None
+    def __init__(self):
+        self.number, self.calls, self.begun, self.finished = -1, [], 0, False
+        self.task = self.inside = None
         self.weights: dict[str, Tensor | float] = {}
 
     def bytes(self) -> int:
@@ -170,9 +177,8 @@ class Recorder:
 
     def begin(self, cell: str, T: int, continues: bool) -> Call:
         step = self.recording.current()
-        call = Call(self, step, cell, T, continues)
-        step.calls.append(call)
-        return call
+        step.begun += 1
+        return Call(self, step, cell, T, continues)
 
 
 class Call:
@@ -182,6 +188,7 @@ class Call:
 
     def __init__(self, recorder: Recorder, step: TrainingStep, cell: str, T: int, continues: bool):
         self.recorder, self.step, self.cell, self.T, self.continues = recorder, step, cell, T, continues
+        self.number = step.begun
         self.parts: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def watcher(self, first: int = 0) -> Watcher:
@@ -204,6 +211,8 @@ class Watcher:
         self.write(sums, entering)
 
     def write(self, sums: Tensor, entering: Tensor | None) -> None:
+        if not self.call.parts:  # a call without a backward pass, as those of an evaluation, is not kept
+            self.call.step.calls.append(self.call)
         self.call.parts[self.first] = sums, entering
         self.call.recorder.recording.received(self.call.step)
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import threading
+import weakref
 
 import fastrnn._C as _C
 import pytest
@@ -491,6 +492,47 @@ def test_checkpointing_is_one_training_step():
         for _ in range(3):
             checkpoint(lambda x: layer(x)[0], x, use_reentrant=False).sum().backward()
     assert probe.trained == 3 and [len(r) for r in probe.layers()[0].history.values()] == [5, 5, 5]
+
+
+def test_checkpointing_by_a_backward_pass_of_its_own():
+    """use_reentrant: the forward pass runs without gradients, and again in the middle of the backward pass."""
+    layer = fastrnn.GRU(3, 3)
+    with fastrnn.probe(layer) as probe:
+        for _ in range(3):
+            x = torch.randn(5, 2, 3, requires_grad=True)
+            for _ in range(2):
+                x = checkpoint(lambda x: layer(x)[0], x, use_reentrant=True)
+            x.sum().backward()
+    assert probe.trained == 3 and [len(r) for r in probe.layers()[0].history.values()] == [10, 10, 10]
+
+
+def test_a_backward_pass_that_breaks_off_leaves_nothing():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ArithmeticError
+
+    model = nn.ModuleList([fastrnn.GRU(3, 4), fastrnn.GRU(4, 4)])
+    with fastrnn.probe(model) as probe:
+        with pytest.raises(ArithmeticError):
+            model[1](Fails.apply(model[0](torch.randn(5, 2, 3))[0]))[0].sum().backward()
+        for _ in range(2):
+            model[1](model[0](torch.randn(5, 2, 3))[0])[0].sum().backward()
+    assert probe.trained == 2 and probe.steps == [0, 1]
+    assert [[len(r) for r in layer.history.values()] for layer in probe.layers()] == [[5, 5], [5, 5]]
+
+
+def test_an_evaluation_in_grad_mode_keeps_nothing():
+    cell = fastrnn.GRUCell(3, 4)
+    with fastrnn.probe(cell) as probe:
+        calls = [weakref.ref(cell(torch.randn(2, 3)).grad_fn.watcher.call) for _ in range(5)]
+        cell(torch.randn(2, 3)).sum().backward()
+    assert all(call() is None for call in calls)
+    assert [len(r) for r in probe.layers()[0].history.values()] == [1]
 
 
 def test_gradients_of_gradients():
