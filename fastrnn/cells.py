@@ -89,7 +89,7 @@ def _step(self, input, hx):
         recorder, route = functional.watched(recorder, route, x, h, c, weights)
     if route.path is TORCH:
         return None
-    watcher = None if recorder is None else recorder.begin(cell, 1, h is not None).watcher()
+    watcher = None if recorder is None else recorder.begin(cell, 1, h).watcher()
     work = route.work
     if route.cast:
         x, weights = x.to(work), [w.to(work) for w in weights]

@@ -137,7 +137,7 @@ def _flow(layer):
         if all(not record.h_grad.any() for record in layer.history.values()):
             advice = "the loss does not depend on it, or gradients are lost after it (their numbers end, a ReLU is off)"
             yield Finding(layer.name, "no gradient", "no gradient arrives", advice)
-        elif all(len(record) > 1 and len(flow(record)) == 1 for record in layer.history.values()):
+        elif all(len(flow(record)) == 1 < len(max(sequences(record), key=len)) for record in layer.history.values()):
             what = f"the loss reads the first of {_steps(len(layer.last))} that it takes, and nothing after it,"
             advice = "take the last state, h_n; of a reverse direction, output[-1] is the first step's"
             yield Finding(layer.name, "one step", what, advice)

@@ -83,7 +83,7 @@ def run(
         recompute = recompute and chunks.worthwhile(T)
     call = None
     if recorder is not None:
-        call = recorder.begin(cell, T, h0 is not None)
+        call = recorder.begin(cell, T, h0)
         # Where rows end, the chunks of a sequence are not what is watched of the whole.
         recompute = recompute and batch_sizes is None and lengths is None
     at_once = in_one_call(route, num_layers, dropout, training, all_states, recompute and bidirectional)

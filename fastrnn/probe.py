@@ -284,7 +284,7 @@ def _forwards():
 def _records(calls: list):
     """(layer * directions + direction, Record) of one module's calls in one training step."""
     rows: dict[int, list] = {}
-    for call in calls:
+    for call in _chained(calls):
         for first, (sums, entering) in call.parts.items():
             for i, steps in enumerate(sums.cpu()):
                 if not steps[:, 0].any():
@@ -294,6 +294,18 @@ def _records(calls: list):
     for row, parts in sorted(rows.items()):
         D = 2 if getattr(calls[0].recorder.module, "bidirectional", False) else 1
         yield row, _record(parts, reverse=row % D == 1)
+
+
+def _chained(calls: list) -> list:
+    """Each call behind the one that it goes on from, sequence by sequence."""
+    sequences, ends = [], {}
+    for call in calls:
+        sequence = ends.pop(id(call.before), None)
+        if sequence is None:
+            sequences.append(sequence := [])
+        sequence.append(call)
+        ends[id(call)] = sequence
+    return [call for sequence in sequences for call in sequence]
 
 
 def _handed_back(steps: Tensor, squares: Tensor, at: dict[str, int], H: int) -> Tensor:
@@ -316,10 +328,10 @@ def _record(parts: list, reverse: bool) -> Record:
     pieces, starts = [], []
     for i, (call, steps, _) in enumerate(parts):
         after, _, squares = parts[i + 1] if i + 1 < len(parts) else (None, None, None)
-        if squares is not None and after.continues and not reverse:
+        if squares is not None and after.before is call and not reverse:
             steps = _handed_back(steps, squares, at, H)
         begins = torch.zeros(len(steps), dtype=torch.bool)
-        begins[0] = i == 0 or not call.continues or reverse
+        begins[0] = i == 0 or call.before is not parts[i - 1][0] or reverse
         pieces.append(steps)
         starts.append(begins)
     sums = torch.cat(pieces)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from fastrnn import ops
 _LOW, _HIGH = {"sigmoid": 0.1, "tanh": -0.9, "relu": 0.0}, {"sigmoid": 0.9, "tanh": 0.9, "relu": None}
 _SQUASH = {"i": "sigmoid", "f": "sigmoid", "g": "tanh", "o": "sigmoid", "r": "sigmoid", "z": "sigmoid", "n": "tanh"}
 _MOST_BYTES = 256 << 20
+_FAR = 16  # nodes of autograd's graph that a state may have gone through on its way to the next call
 _INFINITY = float("inf")
 _queue = torch.autograd.Variable._execution_engine.queue_callback
 
@@ -174,20 +176,39 @@ class Recorder:
 
     def __init__(self, recording: Recording, name: str, module: nn.Module):
         self.recording, self.name, self.module = recording, name, module
+        self.latest = lambda: None  # its last call, while anyone needs it
 
-    def begin(self, cell: str, T: int, continues: bool) -> Call:
+    def begin(self, cell: str, T: int, h0: Tensor | None) -> Call:
         step = self.recording.current()
         step.begun += 1
-        return Call(self, step, cell, T, continues)
+        before = None if h0 is None or h0.grad_fn is None else self._origin(h0)
+        call = Call(self, step, cell, T, before)
+        self.latest = weakref.ref(call)
+        return call
+
+    def _origin(self, state: Tensor) -> Call | None:
+        """The call that a state was handed on by, if it was one of this module: through views, masks, casts on the way,
+        along the first path of its graph."""
+        if slow(state):  # torch's operations, which do not say what call they are of
+            return self.latest()
+        node = state.grad_fn
+        for _ in range(_FAR):
+            watcher = getattr(node, "watcher", None)
+            if isinstance(watcher, Watcher):
+                return watcher.call if watcher.call.recorder is self else None
+            node = next((before for before, _ in node.next_functions if before is not None), None)
+            if node is None:
+                break
+        return None
 
 
 class Call:
     """A forward call that will be differentiated. parts: by the first of the layers x directions they are of, the
     sums (layers x directions, T, ops.watched_width) and, if there are gradients of the states that the call was
-    given, the squares (2, layers x directions) of their norms."""
+    given, the squares (2, layers x directions) of their norms. before: the call that it goes on from, if any."""
 
-    def __init__(self, recorder: Recorder, step: TrainingStep, cell: str, T: int, continues: bool):
-        self.recorder, self.step, self.cell, self.T, self.continues = recorder, step, cell, T, continues
+    def __init__(self, recorder: Recorder, step: TrainingStep, cell: str, T: int, before: Call | None):
+        self.recorder, self.step, self.cell, self.T, self.before = recorder, step, cell, T, before
         self.number = step.begun
         self.parts: dict[int, tuple[Tensor, Tensor | None]] = {}
 

@@ -374,7 +374,11 @@ def test_a_cell_called_in_a_loop_is_a_sequence(cell):
     assert max(abs(a - b) for a, b in zip(left, exact)) <= (1e-9 if cell != "LSTMCell" else 1.0)
 
 
-def test_a_sequence_in_pieces_is_one_sequence():
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "slow"])
+def test_a_sequence_in_pieces_is_one_sequence(kernels, monkeypatch):
+    if not kernels:
+        for module in ("functional", "recording"):
+            monkeypatch.setattr(f"fastrnn.{module}.slow", lambda x: True)
     layer = fastrnn.GRU(5, 20).double()
     x = torch.randn(12, 3, 5, dtype=torch.float64)
     with fastrnn.probe(layer) as probe:
@@ -398,6 +402,45 @@ def test_two_sequences_in_a_step_stay_two():
     record = probe.layers()[0].last
     assert record.starts.nonzero().flatten().tolist() == [0, 4]
     assert diagnosis.sequences(record) == [[3, 2, 1, 0], [9, 8, 7, 6, 5, 4]]
+
+
+def test_only_a_state_that_was_handed_on_makes_calls_one_sequence():
+    """Not a state of zeros or one that is learned, nor what was detached."""
+    layer, cell = fastrnn.LSTM(5, 20), fastrnn.GRUCell(5, 20)
+    learned = torch.zeros(1, 1, 20, requires_grad=True)
+    for states in ([torch.zeros(1, 3, 20)] * 2, [learned.expand(1, 3, 20)] * 2):
+        with fastrnn.probe(layer) as probe:
+            sum(layer(torch.randn(6, 3, 5), states)[0].sum() for _ in range(2)).backward()
+        assert probe.layers()[0].last.starts.nonzero().flatten().tolist() == [0, 6]
+        assert kinds(probe) == set()
+    with fastrnn.probe(cell) as probe:
+        state, total = torch.zeros(2, 20), 0
+        for _ in range(9):
+            state = cell(torch.randn(2, 5), state.detach())
+            total = total + state.sum()
+        total.backward()
+    assert probe.layers()[0].last.starts.all() and kinds(probe) == set()
+
+
+def test_sequences_that_take_turns_are_told_apart():
+    """Two that a cell goes through step by step, whose states pass through a mask."""
+    cell, x = fastrnn.GRUCell(5, 20).double(), torch.randn(2, 7, 3, 5, dtype=torch.float64)
+
+    def run(which):
+        states = dict.fromkeys(which)
+        with fastrnn.probe(cell) as probe:
+            for t in range(7):
+                for s in which:
+                    h = states[s]
+                    states[s] = cell(x[s, t], None if h is None else torch.ones(3, 1) * (h * 1.0).unsqueeze(0)[0])
+            sum(h.square().sum() for h in states.values()).backward()
+        return probe.layers()[0].last
+
+    both, alone = run((0, 1)), [run((s,)) for s in (0, 1)]
+    assert both.starts.nonzero().flatten().tolist() == [0, 7]
+    for name in ("h", "h_grad", "h_grad_arrived"):
+        want = torch.cat([getattr(one, name) for one in alone])
+        assert (getattr(both, name) - want).norm() <= 1e-12 * want.norm()
 
 
 def test_all_states_dropout_packed_batch_first():
