@@ -3,7 +3,8 @@
 The flow: going back from step t+1 to step t, the gain is the norm of what comes back to t through the recurrence over
 the norm of all that there is at t+1; of the gradient of h, or of an LSTM's c, through which it flows. The product of
 gains over k steps is what is left of a gradient after k steps, wherever the losses are: with one at the end, it is the
-norm of dL/dh itself, up to a factor.
+norm of dL/dh itself, up to a factor. Of rows that go no further (`reset` cuts them; a reverse direction has come to
+their end) the share is taken off t+1's norm first, as if all had as much.
 
 Pascanu, Mikolov and Bengio 2013, "On the difficulty of training recurrent neural networks", name the two ways in which
 it fails: the products vanish, or they explode.
@@ -60,10 +61,16 @@ def sequences(record) -> list[list[int]]:
     return found if record.reverse else [steps[::-1] for steps in found]
 
 
+def longest(record) -> list[int]:
+    """The steps of the longest sequence in which rows run, from the last that is processed to the first."""
+    rows = record.rows.tolist()
+    return max(([t for t in steps if rows[t]] for steps in sequences(record)), key=len)
+
+
 def flow(record) -> list[float]:
     """log10 of what is left of a gradient after 0, 1, ... steps back through the longest sequence, from the last step
     that has one; -inf where nothing is. Empty when no step has one."""
-    steps = max(sequences(record), key=len)
+    steps = longest(record)
     here, arrived = record.h_grad, record.h_grad_arrived
     if record.c is not None:
         here, arrived = record.c_grad, record.c_grad_arrived
@@ -72,8 +79,11 @@ def flow(record) -> list[float]:
     if first is None:
         return []
     left = [0.0]
+    rows, cut = record.rows.tolist(), record.cut.tolist()
     for i in range(first, len(steps) - 1):
-        gain = arrived[i + 1] / here[i] if here[i] else 0.0
+        boundary = max(steps[i], steps[i + 1])
+        go_on = (rows[boundary] - cut[boundary]) / rows[steps[i]]
+        gain = arrived[i + 1] / (here[i] * math.sqrt(go_on)) if here[i] and go_on else 0.0
         left.append(left[-1] + math.log10(gain) if gain > 0 else -math.inf if gain == 0 else gain)
     return left
 
@@ -137,7 +147,7 @@ def _flow(layer):
         if all(not record.h_grad.any() for record in layer.history.values()):
             advice = "the loss does not depend on it, or gradients are lost after it (their numbers end, a ReLU is off)"
             yield Finding(layer.name, "no gradient", "no gradient arrives", advice)
-        elif all(len(flow(record)) == 1 < len(max(sequences(record), key=len)) for record in layer.history.values()):
+        elif all(len(flow(record)) == 1 < len(longest(record)) for record in layer.history.values()):
             what = f"the loss reads the first of {_steps(len(layer.last))} that it takes, and nothing after it,"
             advice = "take the last state, h_n; of a reverse direction, output[-1] is the first step's"
             yield Finding(layer.name, "one step", what, advice)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import autograd, frozen, ops, reference, transforms
 from fastrnn import recompute as chunks
 from fastrnn.plan import DENSE, KERNEL, PACKED, REFERENCE, TORCH, TRANSFORMED, plan, precision
-from fastrnn.recording import slow
+from fastrnn.recording import cuts, slow
 
 _VF = {"rnn_tanh": torch._VF.rnn_tanh, "rnn_relu": torch._VF.rnn_relu, "lstm": torch._VF.lstm, "gru": torch._VF.gru}
 
@@ -83,7 +83,7 @@ def run(
         recompute = recompute and chunks.worthwhile(T)
     call = None
     if recorder is not None:
-        call = recorder.begin(cell, T, h0)
+        call = recorder.begin(cell, T, h0, None if reset is None else cuts(reset, batch_sizes, lengths))
         # Where rows end, the chunks of a sequence are not what is watched of the whole.
         recompute = recompute and batch_sizes is None and lengths is None
     at_once = in_one_call(route, num_layers, dropout, training, all_states, recompute and bidirectional)

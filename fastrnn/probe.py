@@ -34,11 +34,12 @@ class Record:
     """One layer in one direction in one training step: float64 tensors (T,), a value for each step, where it lies in
     the input. Norms are over all rows that run at that step, and units.
 
-    rows: how many run. h, c: norms of the states after the step. h_grad, c_grad: norms of the gradients of the loss by
-    them, all of it. h_grad_arrived, c_grad_arrived: the part of these that came back through the recurrence from the
-    next step (in the order of the direction), and not from the layer's output; what comes back to c comes
-    through c and, but for a projected LSTM, through h. starts: bool, where a sequence begins;
-    a layer that was called several times in a training step has its calls one behind the other here. c and its
+    rows: how many run. cut: how many of them begin again there, by `reset`. h, c: norms of the states after the step.
+    h_grad, c_grad: norms of the gradients of the loss by them, all of it. h_grad_arrived, c_grad_arrived: the part of
+    these that came back through the recurrence from the next step (in the order of the direction), and not from the
+    layer's output; what comes back to c comes through c and, but for a projected LSTM, through h. starts: bool, where a
+    sequence begins, or all its rows again; a layer that was called several times in a training step has its calls one
+    behind the other here, each behind the one whose state it was given. c and its
     gradients are None for a cell without one. reverse: the direction goes from the last step to the first.
     """
 
@@ -51,6 +52,7 @@ class Record:
     c_grad_arrived: Tensor | None
     gates: dict[str, Gate]
     starts: Tensor
+    cut: Tensor
     reverse: bool
 
     def __len__(self) -> int:
@@ -325,7 +327,7 @@ def _handed_back(steps: Tensor, squares: Tensor, at: dict[str, int], H: int) -> 
 def _record(parts: list, reverse: bool) -> Record:
     first = parts[0][0]
     at, H = ops.watched_columns(first.cell), first.recorder.module.hidden_size
-    pieces, starts = [], []
+    pieces, starts, cuts = [], [], []
     for i, (call, steps, _) in enumerate(parts):
         after, _, squares = parts[i + 1] if i + 1 < len(parts) else (None, None, None)
         if squares is not None and after.before is call and not reverse:
@@ -334,16 +336,18 @@ def _record(parts: list, reverse: bool) -> Record:
         begins[0] = i == 0 or call.before is not parts[i - 1][0] or reverse
         pieces.append(steps)
         starts.append(begins)
-    sums = torch.cat(pieces)
+        cuts.append(steps.new_zeros(len(steps)) if call.cuts is None else call.cuts.cpu())
+    sums, cut = torch.cat(pieces), torch.cat(cuts)
+    rows = sums[:, at["rows"]]
 
     def norm(name):
         return sums[:, at[name]].sqrt() if name in at else None
 
-    count = (sums[:, at["rows"]] * H).clamp(min=1)
+    count = (rows * H).clamp(min=1)
     gates = {
         name.removeprefix("gate "): Gate(*(sums[:, k] / count for k in range(column, column + 3)))
         for name, column in at.items()
         if name.startswith("gate ")
     }
     states = map(norm, ("h", "dh", "dh_arrived", "c", "dc", "dc_arrived"))
-    return Record(sums[:, at["rows"]], *states, gates, torch.cat(starts), reverse)
+    return Record(rows, *states, gates, torch.cat(starts) | (cut > 0) & (cut == rows), cut, reverse)

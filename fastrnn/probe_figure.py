@@ -49,7 +49,7 @@ def _note(axes, text: str) -> None:
 def flow(axes, layers, label: str | None = None, color=None) -> None:
     drawn = False
     for i, layer in enumerate(layers):
-        steps = max(diagnosis.sequences(layer.last), key=len)
+        steps = diagnosis.longest(layer.last)
         gradient = layer.last.h_grad if layer.last.c is None else layer.last.c_grad
         norms = [x if 0 < x < math.inf else math.nan for x in gradient[steps].tolist()]
         left = diagnosis.flow(layer.last)

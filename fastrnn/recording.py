@@ -44,6 +44,16 @@ def slow(x: Tensor) -> bool:
     return not x.is_cpu and not x.is_meta and torch._C._get_tracing_state() is None
 
 
+def cuts(reset: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """How many rows `reset` (T, B) cuts before each step (T,), of those that run then."""
+    T, B = reset.shape
+    if batch_sizes is not None:
+        reset = reset & (torch.arange(B) < batch_sizes[:, None]).to(reset.device)
+    elif lengths is not None:
+        reset = reset & (torch.arange(T, device=reset.device)[:, None] < lengths.to(reset.device))
+    return reset.sum(1, dtype=torch.float64)
+
+
 class _EagerMeanwhile:
     """Has what torch.compile made run eagerly while any recording is open: graphs that were captured without a recorder
     know of none. Without Dynamo there are none."""
@@ -178,11 +188,11 @@ class Recorder:
         self.recording, self.name, self.module = recording, name, module
         self.latest = lambda: None  # its last call, while anyone needs it
 
-    def begin(self, cell: str, T: int, h0: Tensor | None) -> Call:
+    def begin(self, cell: str, T: int, h0: Tensor | None, cuts: Tensor | None = None) -> Call:
         step = self.recording.current()
         step.begun += 1
         before = None if h0 is None or h0.grad_fn is None else self._origin(h0)
-        call = Call(self, step, cell, T, before)
+        call = Call(self, step, cell, T, before, cuts)
         self.latest = weakref.ref(call)
         return call
 
@@ -205,10 +215,12 @@ class Recorder:
 class Call:
     """A forward call that will be differentiated. parts: by the first of the layers x directions they are of, the
     sums (layers x directions, T, ops.watched_width) and, if there are gradients of the states that the call was
-    given, the squares (2, layers x directions) of their norms. before: the call that it goes on from, if any."""
+    given, the squares (2, layers x directions) of their norms. before: the call that it goes on from, if any. cuts:
+    `cuts`, if there are any."""
 
-    def __init__(self, recorder: Recorder, step: TrainingStep, cell: str, T: int, before: Call | None):
-        self.recorder, self.step, self.cell, self.T, self.before = recorder, step, cell, T, before
+    def __init__(self, recorder: Recorder, step: TrainingStep, cell: str, T: int, before: Call | None, cuts):
+        self.recorder, self.step, self.cell, self.T = recorder, step, cell, T
+        self.before, self.cuts = before, cuts
         self.number = step.begun
         self.parts: dict[int, tuple[Tensor, Tensor | None]] = {}
 

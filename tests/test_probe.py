@@ -787,6 +787,52 @@ def test_the_flow_does_not_depend_on_where_losses_are():
     assert all(max(values) - min(values) < 2 for values in zip(*found)), found
 
 
+@pytest.mark.parametrize("form", ["dense", "lengths", "packed", "slow"])
+def test_resets_are_no_vanishing(form, monkeypatch):
+    """Of an LSTM that keeps nearly everything: where all rows begin again a sequence ends; some of them take nothing
+    from the others' flow."""
+    if form == "slow":
+        monkeypatch.setattr("fastrnn.functional.slow", lambda x: True)
+    layer = fastrnn.LSTM(4, 16)
+    with torch.no_grad():
+        layer.bias_hh_l0[16:32] = 7
+    T, B = 60, 12
+    x, lengths = torch.randn(T, B, 4), torch.randint(T // 2, T + 1, (B,))
+    lengths[3] = T
+    some = torch.rand(T, B) < 0.1
+    some[0], some[1, 1:] = False, False
+    every = torch.zeros(T, B, dtype=torch.bool)
+    every[[20, 45]] = True
+    found = []
+    for reset in (None, some, every):
+        with fastrnn.probe(layer) as probe:
+            if form == "packed":
+                packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+                output = layer(packed, reset=reset)[0].data
+            else:
+                output = layer(x, reset=reset, lengths=lengths if form == "lengths" else None)[0]
+            output.square().sum().backward()
+        record = probe.layers()[0].last
+        assert kinds(probe) == set(), probe.summary()
+        found.append(diagnosis.flow(record))
+        running = torch.arange(T)[:, None] < (lengths if form in ("lengths", "packed") else T)
+        assert record.cut.tolist() == (torch.zeros(T) if reset is None else (reset & running).sum(1)).tolist()
+    assert record.starts.nonzero().flatten().tolist() == [0, 20, 45] and len(found[2]) == 25
+    assert len(found[1]) == T and abs(found[0][-1] - found[1][-1]) < 1
+
+
+def test_padding_past_all_rows_is_no_vanishing():
+    """A reverse direction starts from where rows end."""
+    layer = fastrnn.GRU(4, 16, bidirectional=True)
+    with torch.no_grad():
+        for name in ("bias_ih_l0", "bias_ih_l0_reverse"):
+            getattr(layer, name)[16:32] = 8
+    with fastrnn.probe(layer) as probe:
+        layer(torch.randn(30, 3, 4), lengths=torch.tensor([20, 7, 20]))[0].sum().backward()
+    assert kinds(probe) == set(), probe.summary()
+    assert [len(diagnosis.flow(each.last)) for each in probe.layers()] == [20, 20]
+
+
 def test_the_length_of_the_flow_is_that_of_the_jacobians():
     """One loss at the end: what is left is the ratio of the gradients' norms."""
     layer = fastrnn.GRU(4, 16).double()
