@@ -12,6 +12,7 @@ it fails: the products vanish, or they explode.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from dataclasses import dataclass
@@ -118,8 +119,12 @@ def _steps(n: int) -> str:
     return "1 step" if n == 1 else f"{n} steps"
 
 
-def findings(layers, weights) -> list[Finding]:
-    found = []
+_UNREACHED = "the loss does not depend on it, or gradients are lost after it (detach(), {})"
+
+
+def findings(layers, weights, silent=()) -> list[Finding]:
+    """silent: names of modules that no backward pass came to."""
+    found = [Finding(name, "no gradient", "no gradient arrives", _UNREACHED.format("no_grad()")) for name in silent]
     for layer in layers:
         broken = _not_finite(layer)
         if broken:
@@ -145,7 +150,7 @@ def _flow(layer):
     left = _typical(layer)
     if not left:
         if all(not record.h_grad.any() for record in layer.history.values()):
-            advice = "the loss does not depend on it, or gradients are lost after it (their numbers end, a ReLU is off)"
+            advice = _UNREACHED.format("their numbers end, a ReLU is off")
             yield Finding(layer.name, "no gradient", "no gradient arrives", advice)
         elif all(len(flow(record)) == 1 < len(longest(record)) for record in layer.history.values()):
             what = f"the loss reads the first of {_steps(len(layer.last))} that it takes, and nothing after it,"
@@ -181,11 +186,15 @@ _STUCK = {
 }
 
 
+def average(record, values) -> float:
+    """Of values of each step, over the rows that run."""
+    return float((values * record.rows).sum() / record.rows.sum().clamp(min=1))
+
+
 def _gates(layer):
     record = layer.last
-    rows = record.rows / record.rows.sum().clamp(min=1)
     for gate, end, limit, what, advice in _STUCK[layer.cell]:
-        share = float((getattr(record.gates[gate], end) * rows).sum())
+        share = average(record, getattr(record.gates[gate], end))
         if share > limit:
             yield Finding(layer.name, "saturated", f"{what} in {share:.0%} of units and steps", advice)
 
@@ -224,13 +233,13 @@ def _spikes(weights) -> list[Finding]:
 # ---------------------------------------------------------------------------------------------------- in words
 
 
-def summary(model: str, trained: int, others: list[str], layers, weights) -> str:
+def summary(model: str, trained: int, others: list[str], layers, weights, silent=()) -> str:
     if not layers:
         return (
             f"Probe of {model}: no backward pass has reached a layer. Training steps belong inside the `with` block; "
             "what torch.compile captures meanwhile is not watched."
         )
-    found = findings(layers, weights)
+    found = findings(layers, weights, silent)
     steps = "1 training step" if trained == 1 else f"{trained} training steps"
     lines = [f"Probe of {model}, {steps}:"]
     for layer in layers:
@@ -242,13 +251,16 @@ def summary(model: str, trained: int, others: list[str], layers, weights) -> str
             lines.append(f"  a gradient is multiplied by {number(left[-1])} over {_steps(len(left) - 1)}")
         elif left and left[-1] <= -LIMIT:
             lines.append(f"  1% of a gradient is left after {_steps(reach(left))}")
+        over = functools.partial(average, layer.last)
         gates = (
-            f"{name} {gate.mean.mean():.2f}, {gate.low.mean():.0%} low, {gate.high.mean():.0%} high"
+            f"{name} {over(gate.mean):.2f}, {over(gate.low):.0%} low, {over(gate.high):.0%} high"
             for name, gate in layer.last.gates.items()
         )
         what = "units" if layer.cell.startswith("rnn") else "gates"
         lines.append(f"  {what} (mean, saturated): {'; '.join(gates)}")
-    rest = [finding for finding in found if all(finding.where != layer.name for layer in layers)]
+    for name in silent:
+        lines += ["", name, *(f"  {finding}" for finding in found if finding.where == name)]
+    rest = [finding for finding in found if finding.where not in {*silent, *(layer.name for layer in layers)}]
     if rest:
         lines += ["", "weights", *(f"  {finding}" for finding in rest)]
     if others:

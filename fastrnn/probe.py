@@ -98,11 +98,12 @@ class Probe:
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(history, int) or isinstance(history, bool) or history < 2:
             raise ValueError(f"history: expected a whole number of at least 2, got {history!r}")
-        watched, self._others = {}, []
+        watched, self._others, ours = {}, [], _forwards()
         for name, module in model.named_modules():
             if not isinstance(module, (*_LAYERS, *_CELLS)):
                 continue
-            if type(module).forward in _forwards():
+            # A subclass's own forward calls ours, as a rule.
+            if any(vars(kind).get("forward") in ours for kind in type(module).__mro__):
                 watched[name] = module
             else:
                 self._others.append(f"{name or 'model'} ({type(module).__module__}.{type(module).__qualname__})")
@@ -158,13 +159,17 @@ class Probe:
                 found.setdefault(name, {})[step.number] = float(norm)
         return found
 
+    def _silent(self) -> list[str]:
+        """The modules that ran to be differentiated, without any backward pass that came to them."""
+        return [r.name or "the module" for r in self._recording.recorders if r.begun and not r.reached]
+
     def findings(self) -> list[diagnosis.Finding]:
         """What is wrong, in no order of weight; empty where nothing is."""
-        return diagnosis.findings(self.layers(), self.weights())
+        return diagnosis.findings(self.layers(), self.weights(), self._silent())
 
     def summary(self) -> str:
         """In words: what flows back through each layer, what is wrong with it, and what to try."""
-        return diagnosis.summary(self._model, self.trained, self._others, self.layers(), self.weights())
+        return diagnosis.summary(self._model, self.trained, self._others, self.layers(), self.weights(), self._silent())
 
     def __str__(self) -> str:
         return self.summary()

@@ -162,12 +162,13 @@ def weights(axes, norms) -> None:
 
 
 def to_tensorboard(probe, writer) -> None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("fastrnn: writing to TensorBoard needs it: `pip install tensorboard`") from error
-    own = not hasattr(writer, "add_scalar")
-    to = SummaryWriter(str(writer)) if own else writer
+    to, own = writer, not hasattr(writer, "add_scalar")
+    if own:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("fastrnn: writing to TensorBoard needs it: `pip install tensorboard`") from error
+        to = SummaryWriter(str(writer))
     try:
         for layer in probe.layers():
             tag = f"{layer.name}".replace(" ", "_")
@@ -179,8 +180,8 @@ def to_tensorboard(probe, writer) -> None:
                 to.add_scalar(f"{tag}/gradient_norm_smallest", record.h_grad.min().item(), step)
                 to.add_scalar(f"{tag}/state_norm_last", record.h[-1].item(), step)
                 for name, gate in record.gates.items():
-                    to.add_scalar(f"{tag}/gate_{name}_mean", gate.mean.mean().item(), step)
-                    to.add_scalar(f"{tag}/gate_{name}_saturated", gate.saturated.mean().item(), step)
+                    to.add_scalar(f"{tag}/gate_{name}_mean", diagnosis.average(record, gate.mean), step)
+                    to.add_scalar(f"{tag}/gate_{name}_saturated", diagnosis.average(record, gate.saturated), step)
         for name, norms in probe.weights().items():
             for step, norm in norms.items():
                 to.add_scalar(f"gradient_norm/{name}", norm, step)

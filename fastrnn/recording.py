@@ -187,10 +187,12 @@ class Recorder:
     def __init__(self, recording: Recording, name: str, module: nn.Module):
         self.recording, self.name, self.module = recording, name, module
         self.latest = lambda: None  # its last call, while anyone needs it
+        self.begun = self.reached = False  # whether it had a call, and whether a backward pass came to one
 
     def begin(self, cell: str, T: int, h0: Tensor | None, cuts: Tensor | None = None) -> Call:
         step = self.recording.current()
         step.begun += 1
+        self.begun = True
         before = None if h0 is None or h0.grad_fn is None else self._origin(h0)
         call = Call(self, step, cell, T, before, cuts)
         self.latest = weakref.ref(call)
@@ -246,6 +248,7 @@ class Watcher:
     def write(self, sums: Tensor, entering: Tensor | None) -> None:
         if not self.call.parts:  # a call without a backward pass, as those of an evaluation, is not kept
             self.call.step.calls.append(self.call)
+            self.call.recorder.reached = True
         self.call.parts[self.first] = sums, entering
         self.call.recorder.recording.received(self.call.step)
 

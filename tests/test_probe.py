@@ -864,6 +864,37 @@ def test_other_findings():
     assert {"saturated", "vanishing"} == kinds(found) and "the forget gate f is closed" in found.summary()
 
 
+def test_what_no_backward_pass_comes_to_is_named():
+    model = nn.ModuleDict({"encoder": fastrnn.GRU(4, 16), "decoder": fastrnn.GRU(16, 16), "unused": fastrnn.GRU(1, 1)})
+    with fastrnn.probe(model) as probe:
+        model["decoder"](model["encoder"](torch.randn(5, 3, 4))[0].detach())[0].sum().backward()
+        (finding,) = probe.findings()
+        assert (finding.where, finding.kind) == ("encoder", "no gradient")
+        assert "\nencoder\n  no gradient arrives in encoder" in probe.summary()
+        model["decoder"](model["encoder"](torch.randn(5, 3, 4))[0])[0].sum().backward()
+    assert probe.findings() == []
+
+
+def test_gates_in_words_are_of_rows_that_run():
+    layer = fastrnn.GRU(4, 16)
+    with torch.no_grad():
+        layer.bias_ih_l0[16:32] = 50
+    with fastrnn.probe(layer) as probe:
+        layer(torch.randn(30, 3, 4), lengths=torch.tensor([20, 7, 3]))[0].sum().backward()
+    assert "z 1.00, 0% low, 100% high" in probe.summary()
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_watched():
+    class Last(fastrnn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0][-1]
+
+    model = Last(3, 4)
+    with fastrnn.probe(model) as probe:
+        model(torch.randn(5, 2, 3)).sum().backward()
+    assert [len(layer.last) for layer in probe.layers()] == [5]
+
+
 def test_a_reverse_direction_that_was_read_too_early():
     layer = fastrnn.GRU(4, 16, bidirectional=True)
     with torch.no_grad():
