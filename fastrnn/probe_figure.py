@@ -9,6 +9,7 @@ from fastrnn import diagnosis
 from fastrnn.drawing import COLOURS, GREY, new_figure, save, tidy, title
 
 MOST = 4  # layers that get a row of their own
+NAMED, NAMED_WEIGHTS = 8, 24  # lines that a legend has room for
 
 
 def plot(probe, path: str | Path) -> None:
@@ -42,6 +43,19 @@ def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
+def _legend(axes, most: int, **options) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > most:
+        options["title"] = f"the first {most} of {len(handles)}"
+        options["title_fontsize"] = options["fontsize"]
+    axes.legend(handles[:most], labels[:most], **options)
+
+
+def _alone(values) -> str | None:
+    """The marker of a line: one of a single point would not be seen."""
+    return "o" if len(values) == 1 else None
+
+
 def _note(axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
@@ -56,7 +70,9 @@ def flow(axes, layers, label: str | None = None, color=None) -> None:
         if not left:
             continue
         drawn, colour = True, color or _colour(i)
-        axes.plot(range(len(norms)), norms, color=colour, linewidth=1.8, label=label or layer.name)
+        axes.plot(
+            range(len(norms)), norms, color=colour, linewidth=1.8, marker=_alone(norms), label=label or layer.name
+        )
         first = len(norms) - len(left)
         rest = [norms[first] * 10**value if abs(value) < 300 else math.nan for value in left]
         axes.plot(range(first, len(norms)), rest, color=colour, linewidth=1.1, linestyle="--")
@@ -65,8 +81,8 @@ def flow(axes, layers, label: str | None = None, color=None) -> None:
     axes.set_ylabel("norm of dL/dh (LSTM: dL/dc)")
     title(axes, "Gradient flow (dashed: of the last step's alone)")
     if drawn:
-        axes.set_xlim(left=0)
-        axes.legend(frameon=False, fontsize=9)
+        axes.set_xlim(left=-0.1 if axes.get_xlim()[1] < 0.5 else 0)
+        _legend(axes, NAMED, frameon=False, fontsize=9)
     else:
         _note(axes, "no gradient")
     tidy(axes)
@@ -105,7 +121,8 @@ def heat_map(axes, layer) -> None:
 
 def _lines(axes, layer, value, name: str, limits) -> None:
     for i, (gate, found) in enumerate(layer.last.gates.items()):
-        axes.plot(value(found).tolist(), color=_colour(i), linewidth=1.6, label=gate)
+        values = value(found).tolist()
+        axes.plot(values, color=_colour(i), linewidth=1.6, marker=_alone(values), label=gate)
     axes.set_xlabel("time step")
     axes.set_ylim(*limits)
     title(axes, f"{layer.name}: {name}")
@@ -130,14 +147,15 @@ def states(axes, layers) -> None:
     for i, layer in enumerate(layers):
         record = layer.last
         rows = record.rows.clamp(min=1).sqrt()
-        axes.plot((record.h / rows).tolist(), color=_colour(i), linewidth=1.8, label=layer.name)
+        marker = _alone(rows)
+        axes.plot((record.h / rows).tolist(), color=_colour(i), linewidth=1.8, marker=marker, label=layer.name)
         if record.c is not None:
-            axes.plot((record.c / rows).tolist(), color=_colour(i), linewidth=1.1, linestyle="--")
+            axes.plot((record.c / rows).tolist(), color=_colour(i), linewidth=1.1, linestyle="--", marker=marker)
     axes.set_xlabel("time step")
     axes.set_ylabel("norm for a row (root mean square)")
     axes.set_ylim(bottom=0)
     title(axes, "States h" + (" (dashed: c)" if any(layer.last.c is not None for layer in layers) else ""))
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes, NAMED, frameon=False, fontsize=9)
     tidy(axes)
 
 
@@ -148,14 +166,14 @@ def weights(axes, norms) -> None:
         steps = sorted(found)
         values = [found[step] if found[step] > 0 and math.isfinite(found[step]) else math.nan for step in steps]
         style = ["-", "--", ":", "-."][i // len(COLOURS) % 4]
-        marker = "o" if len(steps) == 1 else None
-        axes.plot(steps, values, style, color=_colour(i), linewidth=1.3, marker=marker, label=name)
+        axes.plot(steps, values, style, color=_colour(i), linewidth=1.3, marker=_alone(steps), label=name)
     axes.set_yscale("log")
     axes.set_xlabel("training step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     title(axes, "Weights: norm of the gradient")
     if norms:
-        axes.legend(framealpha=0.7, edgecolor="none", fontsize=7, ncols=1 + len(norms) // 12)
+        columns = 1 + min(len(norms), NAMED_WEIGHTS) // 12
+        _legend(axes, NAMED_WEIGHTS, framealpha=0.7, edgecolor="none", fontsize=7, ncols=columns)
     else:
         _note(axes, "no .grad was set")
     tidy(axes)

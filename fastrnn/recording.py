@@ -24,6 +24,7 @@ from fastrnn import ops
 _LOW, _HIGH = {"sigmoid": 0.1, "tanh": -0.9, "relu": 0.0}, {"sigmoid": 0.9, "tanh": 0.9, "relu": None}
 _SQUASH = {"i": "sigmoid", "f": "sigmoid", "g": "tanh", "o": "sigmoid", "r": "sigmoid", "z": "sigmoid", "n": "tanh"}
 _MOST_BYTES = 256 << 20
+_CALL_BYTES = 2000  # about what a call takes beside its sums
 _FAR = 16  # nodes of autograd's graph that a state may have gone through on its way to the next call
 _INFINITY = float("inf")
 _queue = torch.autograd.Variable._execution_engine.queue_callback
@@ -85,7 +86,8 @@ class Recording:
         self._parameters, self._names = list(found), list(found.values())
         self.steps: list[TrainingStep] = []  # finished ones, evenly spread over the training, and the last
         self.trained = 0  # how many there were
-        self._most, self._every, self._bytes, self._current = history, 1, 0, None
+        self._most, self._every, self._current = history, 1, None
+        self.bytes = 0  # of these steps
 
     def open(self) -> None:
         with _lock:
@@ -131,19 +133,16 @@ class Recording:
         step.weights = self._norms()
         if step.finished:  # of a step with several backward passes, what the last one left
             return
-        step.finished, step.number = True, self.trained
+        step.finished, step.number, step.bytes = True, self.trained, step.size()
         if self.steps and self.steps[-1].number % self._every:
-            self.steps.pop()  # it was kept for being the last
+            self.bytes -= self.steps.pop().bytes  # it was kept for being the last
         self.steps.append(step)
+        self.bytes += step.bytes
         self.trained += 1
-        self._bytes = max(self._bytes, step.bytes())
-        while len(self.steps) > 2 and (len(self.steps) > self._most or self.bytes() > _MOST_BYTES):
+        while len(self.steps) > 2 and (len(self.steps) > self._most or self.bytes > _MOST_BYTES):
             self._every *= 2
             self.steps = [s for s in self.steps[:-1] if s.number % self._every == 0] + self.steps[-1:]
-
-    def bytes(self) -> int:
-        """What is kept at most: as if every training step were as long as the longest."""
-        return len(self.steps) * self._bytes
+            self.bytes = sum(s.bytes for s in self.steps)
 
     def _norms(self) -> dict[str, Tensor | float]:
         """Of the gradients that the parameters hold now."""
@@ -175,10 +174,12 @@ class TrainingStep:
     def __init__(self):
         self.number, self.calls, self.begun, self.finished = -1, [], 0, False
         self.task = self.inside = None
+        self.bytes = 0  # once it is finished
         self.weights: dict[str, Tensor | float] = {}
 
-    def bytes(self) -> int:
-        return sum(sums.nbytes for call in self.calls for sums, _ in call.parts.values())
+    def size(self) -> int:
+        """Bytes, with those of the objects of a call."""
+        return sum(sums.nbytes + _CALL_BYTES for call in self.calls for sums, _ in call.parts.values())
 
 
 class Recorder:

@@ -490,8 +490,17 @@ def test_memory_of_long_sequences_is_bounded(monkeypatch):
     with fastrnn.probe(layer, history=1000) as probe:
         for _ in range(40):
             train_once(layer, torch.randn(500, 1, 1))
-    assert probe._recording.bytes() <= 500_000 and len(probe.steps) >= 3
+    assert probe._recording.bytes <= 500_000 and len(probe.steps) >= 3
     assert probe.steps[0] == 0 and probe.steps[-1] == 39
+    with fastrnn.probe(layer, history=1000) as probe:  # of lengths that differ
+        for step in range(40):
+            train_once(layer, torch.randn(1 if step % 2 else 500, 1, 1))
+            held = sum(sums.nbytes for s in probe._recording.steps for c in s.calls for sums, _ in c.parts.values())
+            assert held <= probe._recording.bytes <= 500_000
+    with fastrnn.probe(layer, history=1000) as probe:  # one long one
+        for step in range(40):
+            train_once(layer, torch.randn(500 if step == 20 else 1, 1, 1))
+    assert probe.steps == list(range(40))
 
 
 def test_the_weights_gradients_are_what_grad_holds():
@@ -964,6 +973,21 @@ def test_plots(kind, tmp_path):
     probe.plot(tmp_path / "probe.png")
     assert is_whole_png(tmp_path / "probe.png")
     assert [p.name for p in tmp_path.iterdir()] == ["probe.png"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_plots_of_one_step_and_of_many_layers(tmp_path):
+    from fastrnn import probe_figure
+
+    for layer, T in ((fastrnn.LSTM(2, 3), 1), (fastrnn.RNN(2, 3, num_layers=30), 4)):
+        with fastrnn.probe(layer) as probe:
+            layer(torch.randn(T, 2, 2))[0].sum().backward()
+        figure = probe_figure.figure(probe)
+        figure.savefig(tmp_path / "probe.png")
+        for axes in figure.axes:
+            legend = axes.get_legend()
+            assert legend is None or len(legend.get_texts()) <= probe_figure.NAMED_WEIGHTS
+            assert T > 1 or all(line.get_marker() == "o" for line in axes.get_lines() if line.get_linestyle() == "-")
 
 
 def test_plots_show_what_was_seen():
