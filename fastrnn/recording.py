@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +186,7 @@ class Recorder:
 
     def __init__(self, recording: Recording, name: str, module: nn.Module):
         self.recording, self.name, self.module = recording, name, module
-        self.latest = lambda: None  # its last call, while anyone needs it
+        self.latest: Call | None = None
         self.begun = self.reached = False  # whether it had a call, and whether a backward pass came to one
 
     def begin(self, cell: str, T: int, h0: Tensor | None, cuts: Tensor | None = None) -> Call:
@@ -196,14 +195,14 @@ class Recorder:
         self.begun = True
         before = None if h0 is None or h0.grad_fn is None else self._origin(h0)
         call = Call(self, step, cell, T, before, cuts)
-        self.latest = weakref.ref(call)
+        self.latest = call
         return call
 
     def _origin(self, state: Tensor) -> Call | None:
         """The call that a state was handed on by, if it was one of this module: through views, masks, casts on the way,
         along the first path of its graph."""
         if slow(state):  # torch's operations, which do not say what call they are of
-            return self.latest()
+            return self.latest
         node = state.grad_fn
         for _ in range(_FAR):
             watcher = getattr(node, "watcher", None)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 import threading
 import weakref
 
@@ -671,6 +672,8 @@ def test_a_watched_model_is_copied_and_saved_as_ever(tmp_path):
         train_once(copied, torch.randn(5, 2, 3))
     assert probe.trained == 1
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False).weight_hh_l0, layer.weight_hh_l0)
+    for other in (copy.deepcopy(probe), pickle.loads(pickle.dumps(probe))):
+        assert other.to_dict() == probe.to_dict()
 
 
 def test_bad_arguments():
