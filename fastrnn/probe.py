@@ -270,7 +270,8 @@ def probe(model: nn.Module, *, history: int = 256) -> Probe:
 
     On devices whose kernels cannot do this yet (all but the CPU) watched calls run step by step through torch's
     operations: the same numbers up to rounding, slowly. What was compiled runs eagerly while a probe is open. Calls
-    under torch.func transforms, and what is first compiled meanwhile, are not watched.
+    under torch.func transforms, by replicas of nn.DataParallel, and what is first compiled meanwhile, are not watched.
+    Of layers with recompute=True, calls whose rows end at different steps keep all for backward meanwhile.
 
     Args:
         model: with RNN, LSTM, GRU or their cells, of fastrnn, or torch.nn's under `fastrnn.patch()`.
