@@ -109,7 +109,7 @@ def number(log10: float) -> str:
     if log10 == -math.inf:
         return "nothing"
     if -2 <= log10 < 3:
-        return f"{10**log10:.2g}"
+        return f"{10**log10:.0f}" if log10 >= 1 else f"{10**log10:.2g}"
     exponent = math.floor(log10)
     digit = round(10 ** (log10 - exponent))
     return f"{digit}e{exponent}" if digit < 10 else f"1e{exponent + 1}"
@@ -134,8 +134,13 @@ def findings(layers, weights, silent=()) -> list[Finding]:
     return found + _spikes(weights)
 
 
+def _recent(history: dict) -> list:
+    """The last (number, value) of a history. What was not finite before, as GradScaler makes happen, was mended."""
+    return sorted(history.items())[-RECENT:]
+
+
 def _not_finite(layer) -> Finding | None:
-    for step, record in layer.history.items():
+    for step, record in _recent(layer.history):
         for name in ("h", "c", "h_grad", "c_grad"):
             values = getattr(record, name)
             if values is None or values.isfinite().all():
@@ -205,7 +210,8 @@ def _states(layer) -> Finding | None:
         values = getattr(record, name)
         if values is None:
             continue
-        mean = (values / (record.rows * layer.hidden_size).clamp(min=1).sqrt()).max().item()
+        width = layer.state_size if name == "h" else layer.hidden_size
+        mean = (values / (record.rows * width).clamp(min=1).sqrt()).max().item()
         if mean > LARGE:
             what = f"units of {name} come to {mean:.1e} (root mean square)"
             return Finding(layer.name, "large states", what, "try smaller recurrent weights, a bounded nonlinearity")
@@ -215,11 +221,12 @@ def _states(layer) -> Finding | None:
 def _spikes(weights) -> list[Finding]:
     found = []
     for name, norms in weights.items():
-        broken = next((step for step, norm in norms.items() if not math.isfinite(norm)), None)
+        broken = next((step for step, norm in _recent(norms) if not math.isfinite(norm)), None)
         if broken is not None:
             what = f"its gradient's norm is {norms[broken]} in training step {broken}"
             found.append(Finding(name, "not finite", what, _EXPLODING))
             continue
+        norms = {step: norm for step, norm in norms.items() if math.isfinite(norm)}
         largest, middle = max(norms.values()), statistics.median(norms.values())
         if len(norms) >= ENOUGH and middle and largest > SPIKE * middle:
             step = max(norms, key=norms.get)

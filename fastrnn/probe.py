@@ -71,13 +71,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Layer:
-    """What is known of one layer in one direction: history is {number of the training step: Record}."""
+    """What is known of one layer in one direction: history is {number of the training step: Record}. state_size: the
+    units of h, hidden_size or proj_size."""
 
     module: str
     layer: int
     reverse: bool
     cell: str
     hidden_size: int
+    state_size: int
     history: dict[int, Record] = field(repr=False)
 
     @property
@@ -146,7 +148,9 @@ class Probe:
                     if (place, row) not in found:
                         D = 2 if getattr(module, "bidirectional", False) else 1
                         cell = by_recorder[id(recorder)][0].cell
-                        found[place, row] = Layer(recorder.name, row // D, row % D == 1, cell, module.hidden_size, {})
+                        H = module.hidden_size
+                        P = getattr(module, "proj_size", 0) or H
+                        found[place, row] = Layer(recorder.name, row // D, row % D == 1, cell, H, P, {})
                     found[place, row].history[step.number] = record
         return [found[key] for key in sorted(found)]
 
@@ -266,7 +270,9 @@ def probe(model: nn.Module, *, history: int = 256) -> Probe:
 
     A training step is one backward pass, with all forward calls up to its end; so each micro-batch of an accumulated
     gradient is one. A layer that is called several times in it (a cell; a sequence cut into pieces) has its calls one
-    behind the other, as one sequence where a state was handed on. Norms are Frobenius norms over rows and units.
+    behind the other, as one sequence where a state was handed on; of two backward passes through one call, the later
+    one stays. Norms are Frobenius norms over rows and units, of gradients as they come (under a GradScaler, scaled). A
+    model is to be trained by one thread.
 
     On devices whose kernels cannot do this yet (all but the CPU) watched calls run step by step through torch's
     operations: the same numbers up to rounding, slowly. What was compiled runs eagerly while a probe is open. Calls
