@@ -482,15 +482,13 @@ struct BackwardPass {
     if (w.watch) w.watch->arrives(row.carried ? dh : V::set(0), n);
     if (row.dy) dh = dh + Storage<V>::load(storage, row.dy + unit * storage.size, n);
     if (p.dh_all) dh = dh + load_state_gradient(p.dh_all, w, s, i, p.P, unit);
+    if (w.watch) w.watch->add(watched::dh, dh, n);
     if (!projected) {
       through_cell(w, s, i, block, dh);
       return;
     }
     const int64_t at = row.at;
-    if (w.watch) {
-      w.watch->add(watched::dh, dh, n);
-      w.watch->add(watched::h, V::load(row.tape + Cell::tape * tape_h + unit), n);
-    }
+    if (w.watch) w.watch->add(watched::h, V::load(row.tape + Cell::tape * tape_h + unit), n);
     dh.store(s.state.dh + i * Pp + unit);
     if (s.buffer.dh_out) put(dh, s.buffer.dh_out, block, at);
     if (s.buffer.h_prev)
@@ -552,7 +550,7 @@ struct BackwardPass {
       if (p.dc_all) dc = dc + load_state_gradient(p.dc_all, w, s, i, p.H, unit);
       if (s.buffer.h_raw) put(hidden(row.tape, unit), s.buffer.h_raw, block, at);
     }
-    if (w.watch) watch_cell(w, s, i, unit, dh, dc);
+    if (Cell::has_c && w.watch) watch_cell(w, s, i, unit, dh, dc);
     Cell::backward(tape, h_prev, c_prev, dh, dc, da);
     if (s.buffer.h_prev && !projected) put(h_prev, s.buffer.h_prev, block, at);
     for (int k = 0; k < S; ++k) {
@@ -569,33 +567,26 @@ struct BackwardPass {
     dc.store(s.state.dc + i * Hp + unit);
   }
 
-  // dh, dc: what enters the cell's backward. Beside the step, not in it: few calls are watched.
+  // dh, dc: what enters the backward of a cell with c. Beside the step, not in it: few calls are watched.
   __attribute__((noinline)) void watch_cell(const Worker& w, const Step& s, int64_t i, int64_t unit, V dh, V dc) const {
-    const Row& row = w.rows[i];
-    const int64_t n = p.H - unit;
-    const T* tape = row.tape + unit;
-    Watch<Cell, V>& watch = *w.watch;
-    V h = V::load(tape + state_block * tape_h);
     if constexpr (Cell::has_c) {
-      const V o = V::load(tape + Cell::O * tape_h), t = tanh(h);
-      watch.add(watched::c, h, n);
+      const Row& row = w.rows[i];
+      const int64_t n = p.H - unit;
+      Watch<Cell, V>& watch = *w.watch;
+      const V o = V::load(row.tape + Cell::O * tape_h + unit), t = tanh(V::load(row.tape + Cell::C * tape_h + unit));
       watch.add(watched::dc, Cell::cell_gradient(o, t, dh, dc), n);
       const V arrived = projected ? V::set(0) : watch.arrived;
       const V dc_arrived = row.carried ? V::load(s.state.dc + i * Hp + unit) : V::set(0);
       watch.add(watched::dc_arrived, Cell::cell_gradient(o, t, arrived, dc_arrived), n);
-      h = o * t;
+      if (!projected) watch.add(watched::h, o * t, n);
     }
-    if (!projected) {
-      watch.add(watched::dh, dh, n);
-      watch.add(watched::h, h, n);
-    }
-    watch.add_gates(tape, tape_h, n);
   }
 
   double* watched_step(const Worker& w, int d, int64_t k, int64_t step) const {
     return w.watched + ((2 * d + (k & 1)) * most_steps + step) * Watch<Cell, V>::columns;
   }
   void end_watched_step(const Worker& w, const Step& s, int64_t k) const {
+    for (int64_t i = 0; i < s.now; ++i) w.watch->add_row(w.rows[i].tape, tape_h, w.first, w.last, p.H);
     double* to = alone() ? p.watched + (s.d * p.T + s.t) * Watch<Cell, V>::columns
                          : watched_step(w, s.d, k, s.t - chunk_begin[chunk(s.d, k)]);
     w.watch->write(w.part == 0 ? s.now : 0, to);

@@ -26,18 +26,32 @@ struct Watch {
   // Of these n values, or more than a vector: lanes past them hold anything.
   void add(int column, V x, int64_t n) { squares_of[column] = squares_of[column] + squares(within(x, n)); }
 
-  // tape: of one row, from the unit on; tape_h: from one of its blocks to the next.
-  void add_gates(const T* tape, int64_t tape_h, int64_t n) {
-    const V one = within(V::set(1), n), zero = V::set(0);
-    for (int g = 0; g < gates; ++g) {
-      const V x = within(V::load(tape + Cell::watched[g].block * tape_h), n);
-      const Squash squash = Cell::watched[g].squash;
-      const T low = squash == Squash::sigmoid ? T(0.1) : squash == Squash::tanh ? T(-0.9) : T(0);
-      V* sum = gate_sums[g];
-      sum[0] = sum[0] + x;
-      sum[1] = sum[1] + less_equal(x, V::set(low), one, zero);
-      if (squash != Squash::relu) sum[2] = sum[2] + less_equal(V::set(T(0.9)), x, one, zero);
+  // The gates, and c or of a cell without one h, of blocks of units of a row. tape_h: from one block of its tape to the
+  // next; H: units in all.
+  void add_row(const T* tape, int64_t tape_h, int64_t first, int64_t last, int64_t H) {
+    constexpr int column = Cell::has_c ? watched::c : watched::h;
+    f64 state_sum = squares_of[column];
+    V sums_here[gates][watched::per_gate];
+    for (int g = 0; g < gates; ++g)
+      for (int k = 0; k < watched::per_gate; ++k) sums_here[g][k] = gate_sums[g][k];
+    const V zero = V::set(0);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t unit = block * W, n = H - unit;
+      const V one = within(V::set(1), n);
+      state_sum = state_sum + squares(within(V::load(tape + (Cell::tape - 1) * tape_h + unit), n));
+      for (int g = 0; g < gates; ++g) {
+        const V x = within(V::load(tape + Cell::watched[g].block * tape_h + unit), n);
+        const Squash squash = Cell::watched[g].squash;
+        const T low = squash == Squash::sigmoid ? T(0.1) : squash == Squash::tanh ? T(-0.9) : T(0);
+        V* sum = sums_here[g];
+        sum[0] = sum[0] + x;
+        sum[1] = sum[1] + less_equal(x, V::set(low), one, zero);
+        if (squash != Squash::relu) sum[2] = sum[2] + less_equal(V::set(T(0.9)), x, one, zero);
+      }
     }
+    squares_of[column] = state_sum;
+    for (int g = 0; g < gates; ++g)
+      for (int k = 0; k < watched::per_gate; ++k) gate_sums[g][k] = sums_here[g][k];
   }
 
   // The sums of a step, and begins another.
