@@ -217,13 +217,22 @@ def suite():
     return SUITE
 
 
+# torch's switches for the precision of cuDNN's operators: torch.export reads both, and refuses when they differ.
+SWITCHES = {operator: torch._C._get_fp32_precision_getter("cuda", operator) for operator in ("conv", "rnn")}
+
+
 @pytest.fixture(autouse=True)
 def quiet_state():
     """Every test starts from the same seed and the default tier, and leaves torch's switches as it found them."""
-    threads = torch.get_num_threads()
+    threads, onednn = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
     torch.manual_seed(20240501)
     yield
     _C.set_isa("")
+    for operator, setting in SWITCHES.items():
+        if torch._C._get_fp32_precision_getter("cuda", operator) != setting:
+            torch._C._set_fp32_precision_setter("cuda", operator, setting)
+    if torch._C._get_mkldnn_enabled() != onednn:
+        torch._C._set_mkldnn_enabled(onednn)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 

@@ -44,11 +44,16 @@ def data():
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
-    """What deterministic=True sets for the whole process."""
+    """What deterministic=True sets for the whole process; which torch's own test utilities, where a test imports them,
+    forbid but in here."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    cudnn, everywhere = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    before = cudnn.benchmark, cudnn.deterministic
     torch.set_num_threads(1)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
+        cudnn.benchmark, cudnn.deterministic = before
+    torch.use_deterministic_algorithms(everywhere)
 
 
 def fit(data, learner, ckpt_path=None, **options):
