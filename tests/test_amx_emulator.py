@@ -1,6 +1,7 @@
 """The emulator that kernels for Intel's AMX run on where the machine has none: tests/csrc/amx_emulator_test.cpp.
 
-It is run plain, with each of the ways to multiply, and sanitized; and preloaded into Python.
+It is run plain, with each of the ways to multiply, and sanitized; with instructions rewritten to jumps and with a
+signal for each; and preloaded into Python.
 """
 
 import os
@@ -99,11 +100,19 @@ def programs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("build", "multiply"),
-    [("plain", "avx512"), ("plain", "avx2"), ("plain", "plain"), ("address", ""), ("thread", "")],
+    ("build", "multiply", "rewrite"),
+    [
+        ("plain", "avx512", "1"),
+        ("plain", "avx2", "1"),
+        ("plain", "plain", "0"),
+        ("address", "", "1"),
+        ("address", "", "0"),
+        ("thread", "", "1"),
+        ("thread", "", "0"),
+    ],
 )
-def test_program(programs, build, multiply):
-    environment = {**os.environ, "FASTRNN_AMX_MULTIPLY": multiply}
+def test_program(programs, build, multiply, rewrite):
+    environment = {**os.environ, "FASTRNN_AMX_MULTIPLY": multiply, "FASTRNN_AMX_REWRITE": rewrite}
     result = subprocess.run([programs[build]], env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert result.stdout.rstrip().endswith("ok")

@@ -7,15 +7,22 @@
 // A program that uses tiles wrongly, where a processor would raise an exception, is told so on stderr and aborted.
 // Where the machine has AMX its instructions run as ever, and nothing is counted.
 //
+// A signal costs many times what the work does, so an instruction that has raised one is overwritten by a jump to code
+// that does the same without (FASTRNN_AMX_REWRITE=0: never, as where memory cannot be made writable and executable).
+//
 // FASTRNN_AMX_MULTIPLY=avx512, avx2 or plain picks the code that multiplies; all give the same bits.
 #include <asm/prctl.h>
 #include <cpuid.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <immintrin.h>
+#include <linux/membarrier.h>
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -219,14 +226,15 @@ struct Instruction {
   bool thread_offset;  // to the thread's base (a thread_local variable)
 };
 
-int32_t load_int32(const uint8_t* p) {
-  int32_t x;
-  memcpy(&x, p, 4);
-  return x;
+// Code is read and written by threads at once, in an order of their own (see rewrite).
+#define FASTRNN_CODE __attribute__((no_sanitize_thread, no_sanitize_address, no_sanitize_undefined))
+
+FASTRNN_CODE int32_t load_int32(const uint8_t* p) {
+  return int32_t(p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24);
 }
 
 // Whether an instruction emulated here lies at code. Reads no further than it reaches: a page may end behind.
-bool decode(const uint8_t* code, Instruction* out) {
+FASTRNN_CODE bool decode(const uint8_t* code, Instruction* out) {
   const uint8_t* p = code;
   Instruction i = {};
   i.base = i.index = -1;
@@ -389,6 +397,224 @@ void execute(const Instruction& i, const uint64_t* registers) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------- rewritten code
+
+// An instruction that was rewritten, and the code its place now jumps to. Every tile instruction has at least the five
+// bytes of a jump.
+struct Site {
+  const uint8_t* at;  // first: the entry below reads it
+  Instruction instruction;
+  uint8_t code[64];
+};
+
+}  // namespace
+
+extern "C" {
+__attribute__((visibility("hidden"))) void fastrnn_amx_entry();
+__attribute__((visibility("hidden"))) uint64_t fastrnn_amx_state_bytes = 0;
+
+__attribute__((visibility("hidden"), used)) void fastrnn_amx_execute(const Site* site, const uint64_t* registers) {
+  const int error = errno;
+  execute(site->instruction, registers);
+  errno = error;
+}
+}
+
+// Called by a site's code with the site in rdi, below the interrupted code's red zone and its rax and rdi. Saves all
+// else that C++ may change: the flags, the general registers, which it lays out by their numbers, and the vector state
+// (0xe6: SSE, AVX, AVX-512). The frame it makes has a debugger or sanitizer see the instruction as the caller.
+asm(R"(
+.pushsection .text
+.p2align 4
+.type fastrnn_amx_entry, @function
+fastrnn_amx_entry:
+  pushfq
+  cld
+  push %r15
+  push %r14
+  push %r13
+  push %r12
+  push %r11
+  push %r10
+  push %r9
+  push %r8
+  push 80(%rsp)         # rdi: above eight registers, the flags and the return address
+  push %rsi
+  push %rbp
+  lea 248(%rsp), %rax   # rsp as it was: above eleven registers, flags, return address, rdi, rax and the red zone
+  push %rax
+  push %rbx
+  push %rdx
+  push %rcx
+  push 144(%rsp)        # rax: above fifteen registers, the flags, the return address and rdi
+  mov %rsp, %rsi
+  push (%rdi)
+  push 40(%rsi)         # rbp
+  mov %rsp, %rbp
+  sub fastrnn_amx_state_bytes(%rip), %rsp
+  and $-64, %rsp
+  xor %eax, %eax        # the header of the saved state starts as zeros
+  mov %rax, 512(%rsp)
+  mov %rax, 520(%rsp)
+  mov %rax, 528(%rsp)
+  mov %rax, 536(%rsp)
+  mov %rax, 544(%rsp)
+  mov %rax, 552(%rsp)
+  mov %rax, 560(%rsp)
+  mov %rax, 568(%rsp)
+  mov $0xe6, %eax
+  xor %edx, %edx
+  xsave64 (%rsp)
+  call fastrnn_amx_execute
+  mov $0xe6, %eax
+  xor %edx, %edx
+  xrstor64 (%rsp)
+  lea 24(%rbp), %rsp
+  pop %rcx
+  pop %rdx
+  pop %rbx
+  lea 8(%rsp), %rsp
+  pop %rbp
+  pop %rsi
+  lea 8(%rsp), %rsp
+  pop %r8
+  pop %r9
+  pop %r10
+  pop %r11
+  pop %r12
+  pop %r13
+  pop %r14
+  pop %r15
+  popfq
+  ret
+.size fastrnn_amx_entry, . - fastrnn_amx_entry
+.popsection
+)");
+
+namespace {
+
+// Odd while code is being rewritten: what was read meanwhile is read again.
+std::atomic<unsigned> generation{0};
+bool may_rewrite = false;
+
+bool try_lock() {
+  unsigned g = generation.load(std::memory_order_relaxed);
+  return g % 2 == 0 && generation.compare_exchange_strong(g, g + 1);
+}
+
+void lock() {
+  while (!try_lock()) sched_yield();
+}
+
+void unlock() { generation.fetch_add(1); }
+
+// All threads of the process have executed a serializing instruction since, so none has stale code at hand.
+bool synchronize() { return syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED_SYNC_CORE, 0, 0) == 0; }
+
+// Room for a site that code at this address can jump to; under the lock.
+Site* allocate_site(const uint8_t* at) {
+  constexpr size_t kBytes = 1 << 16;
+  constexpr int64_t kReach = int64_t(1) << 30;
+  struct Area {
+    Site* next;
+    Site* end;
+  };
+  static Area areas[256];
+  static int used = 0;
+  const auto near = [at](const Site* site) {
+    return std::llabs(int64_t(uint64_t(site)) - int64_t(uint64_t(at))) < kReach;
+  };
+  for (int i = 0; i < used; ++i)
+    if (areas[i].next != areas[i].end && near(areas[i].next)) return areas[i].next++;
+  if (used == 256) return nullptr;
+  for (int64_t distance = 1 << 20; distance < kReach - (1 << 20); distance += 1 << 20)
+    for (int64_t offset : {-distance, distance}) {
+      const uint64_t wanted = (uint64_t(at) + uint64_t(offset)) & ~uint64_t(0xfff);
+      void* const area = mmap(reinterpret_cast<void*>(wanted), kBytes, PROT_READ | PROT_WRITE | PROT_EXEC,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+      if (area == MAP_FAILED) {
+        if (errno != EEXIST && errno != ENOMEM && errno != EPERM && errno != EINVAL) return nullptr;
+        continue;
+      }
+      Site* const first = static_cast<Site*>(area);
+      if (!near(first)) {  // a kernel that does not know MAP_FIXED_NOREPLACE puts it anywhere
+        munmap(area, kBytes);
+        return nullptr;
+      }
+      areas[used++] = {first + 1, first + kBytes / sizeof(Site)};
+      return first;
+    }
+  return nullptr;
+}
+
+FASTRNN_CODE void write_code(Site* site, const uint8_t* behind) {
+  uint8_t* p = site->code;
+  const auto bytes = [&p](std::initializer_list<int> list) {
+    for (int byte : list) *p++ = uint8_t(byte);
+  };
+  const auto number = [&p](uint64_t x, int size) {
+    for (int i = 0; i < size; ++i) *p++ = uint8_t(x >> 8 * i);
+  };
+  bytes({0x48, 0x8d, 0x64, 0x24, 0x80});  // lea -128(%rsp), %rsp: below the red zone; flags stay
+  bytes({0x50, 0x57});                    // push %rax; push %rdi
+  bytes({0x48, 0xbf});                    // mov site, %rdi
+  number(uint64_t(site), 8);
+  bytes({0x48, 0xb8});  // mov fastrnn_amx_entry, %rax
+  number(uint64_t(&fastrnn_amx_entry), 8);
+  bytes({0xff, 0xd0, 0x5f, 0x58});                          // call *%rax; pop %rdi; pop %rax
+  bytes({0x48, 0x8d, 0xa4, 0x24, 0x80, 0x00, 0x00, 0x00});  // lea 128(%rsp), %rsp
+  bytes({0xe9});                                            // jmp behind
+  number(uint64_t(behind) - uint64_t(p + 4), 4);
+}
+
+// Has the instruction jump to code of its own from now on. Other threads may be running it: its first byte becomes one
+// that raises SIGILL (0x06, no instruction in 64-bit mode) while the others change, and handlers wait for the lock.
+FASTRNN_CODE void rewrite(const uint8_t* at, const Instruction& instruction) {
+  if (!may_rewrite || !try_lock()) return;
+  volatile uint8_t* const code = const_cast<uint8_t*>(at);
+  const uint64_t page = uint64_t(sysconf(_SC_PAGESIZE)), first = uint64_t(at) & ~(page - 1);
+  Instruction still;
+  if (!decode(at, &still)) return unlock();  // another thread was first
+  Site* const site = allocate_site(at);
+  if (site != nullptr && synchronize() &&
+      mprotect(reinterpret_cast<void*>(first), uint64_t(at) + 5 - first, PROT_READ | PROT_WRITE | PROT_EXEC) == 0) {
+    site->at = at;
+    site->instruction = instruction;
+    write_code(site, at + instruction.length);
+    const uint64_t distance = uint64_t(site->code) - uint64_t(at + 5);
+    code[0] = 0x06;
+    synchronize();
+    for (int i = 0; i < 4; ++i) code[1 + i] = uint8_t(distance >> 8 * i);
+    synchronize();
+    code[0] = 0xe9;
+  } else {
+    may_rewrite = false;  // it would fail each time
+  }
+  unlock();
+}
+
+enum Found { kNothing, kInstruction, kJump };
+
+// What lies at code once nobody is rewriting any.
+FASTRNN_CODE Found find(const uint8_t* code, Instruction* out) {
+  for (;;) {
+    const unsigned before = generation.load();
+    const Found found = decode(code, out) ? kInstruction : *code == 0xe9 ? kJump : kNothing;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (before % 2 == 0 && generation.load() == before) return found;
+    sched_yield();
+  }
+}
+
+void prepare_to_rewrite() {
+  const char* wanted = getenv("FASTRNN_AMX_REWRITE");
+  unsigned a, b, c, d;
+  if ((wanted && !strcmp(wanted, "0")) || !__get_cpuid_count(0xd, 0, &a, &b, &c, &d)) return;
+  fastrnn_amx_state_bytes = b;  // of all the state that the system has enabled
+  if (syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE, 0, 0) != 0) return;
+  may_rewrite = pthread_atfork(lock, unlock, unlock) == 0;  // a child must not find code half rewritten
+}
+
 // ------------------------------------------------------------------------------------------------- the signal
 
 // Who else handles SIGILL: what was there before, or, preloaded, what the program asked for since.
@@ -450,14 +676,17 @@ void handle(int number, siginfo_t* info, void* context) {
     auto& state = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
     auto at = reinterpret_cast<const uint8_t*>(state[REG_RIP]);
     Instruction instruction;
-    if (decode(at, &instruction)) {
+    const Found found = find(at, &instruction);
+    if (found == kJump) return;  // rewritten meanwhile by another thread: run it again
+    if (found == kInstruction) {
       const int error = errno;
       uint64_t registers[16];
       for (int i = 0; i < 16; ++i) registers[i] = uint64_t(state[order[i]]);
+      rewrite(at, instruction);
       do {  // a signal costs far more than an instruction: all that follow at once are done
         execute(instruction, registers);
         at += instruction.length;
-      } while (decode(at, &instruction));
+      } while (find(at, &instruction) == kInstruction);
       state[REG_RIP] = reinterpret_cast<greg_t>(at);
       errno = error;
       return;
@@ -482,6 +711,7 @@ __attribute__((constructor)) void install() {
   native = has_amx();
   if (native) return;
   multiply_tiles = choose_multiply();
+  prepare_to_rewrite();
   KernelAction action = {}, old = {};
   action.handler = reinterpret_cast<void*>(&handle);
   action.flags = SA_SIGINFO | SA_NODEFER | kRestorer;  // no deferring: a handler behind this one may raise it again

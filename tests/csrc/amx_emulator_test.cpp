@@ -23,6 +23,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 extern "C" int fastrnn_emulates_amx __attribute__((weak));
@@ -478,6 +479,43 @@ void test_threads() {
   release();
 }
 
+// Instructions that no thread has run yet, run by all at once: whatever the emulator does to them, all go right.
+template <int... Displacements>
+void test_first_uses() {
+  static uint8_t data[8192 + 1024];
+  for (int i = 0; i < int(sizeof data); ++i) data[i] = uint8_t(i * 31 + i / 256);
+  std::atomic<int> arrived{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i)
+    threads.emplace_back([&arrived] {
+      Config config;
+      config.tile(4, 16, 64);
+      configure(config);
+      ++arrived;
+      while (arrived < 4) {
+      }
+      const auto once = [](int displacement, auto load_it) {
+        uint8_t got[1024];
+        load_it();
+        store<4>(got, 64);
+        EXPECT(!std::memcmp(got, data + displacement, 1024), "load at %d among threads", displacement);
+      };
+      (once(Displacements,
+            [] {
+              asm volatile("tileloadd %c2(%0,%1,1), %%tmm4" ::"r"(data), "r"(int64_t(64)), "i"(Displacements)
+                           : "memory");
+            }),
+       ...);
+      release();
+    });
+  for (auto& thread : threads) thread.join();
+}
+
+template <int... I>
+void test_first_uses(std::integer_sequence<int, I...>) {
+  test_first_uses<I * 61 ...>();
+}
+
 // ------------------------------------------------------------------------------------------------- wrong use
 
 // Runs f in a child; returns its signal (0 where it went on to its end) and what it wrote to stderr.
@@ -652,6 +690,7 @@ int main(int count, char** arguments) {
   test_products(1, 60);
   test_nothing_else_changes();
   test_threads();
+  test_first_uses(std::make_integer_sequence<int, 100>());
   test_counts();
   if (!native) test_wrong_use();
   test_other_signals();
