@@ -31,14 +31,14 @@ MACOS = sys.platform == "darwin"
 
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
-# One kernel library per instruction set, narrowest first: name -> its own flags. AMX and NEON get a line here. The
+# One kernel library per instruction set, narrowest first: name -> its own flags. NEON gets a line here. The
 # order is also the link order: should an inline function of a library header be emitted by several of them, the linker
 # keeps the first, so no wide instruction leaks out.
 ISAS = {"scalar": ""}
 if X86:
-    ISAS |= {"avx2": AVX2, "avx512": AVX512}
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "amx": AVX512}
 # What these libraries hold under names of their own: avx512's has a second table of kernels (csrc/cpu/operand.h).
-TIERS = [*ISAS, *(["avx512_bf16"] if X86 else [])]
+TIERS = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"] if X86 else ["scalar"]
 
 CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 

@@ -24,11 +24,14 @@ struct BackwardPass {
   const Storage<V> storage{p.dtype}, state_storage{p.state};
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, out_blocks = ceil_div(p.P, W), Pp = out_blocks * W;
   const int64_t in_blocks = ceil_div(p.I, W), N = stored_rows(p), tape_h = padded_to_tape_block(p.H);
-  // Of gates that are multiplied unit by unit: the words of a block, and of a gate.
-  static constexpr int64_t Ww = O::words(W);
+  // Of gates that are multiplied unit by unit: the words of a block in a buffer, and of a gate.
+  static constexpr int64_t Ww = O::tiled ? W : O::words(W);
   const int64_t Hw = O::words(p.H);
-  // Whether the dgates are kept twice: their words by units (chain, dx), and by rows (weight gradients).
+  // Whether a buffer has the dgates twice: their words by units (chain, dx), and by rows (weight gradients).
   static constexpr bool twice = Ww != W;
+  // By tiles, the chain multiplies words of its own (State::chain), and a buffer has values: words of a row of them.
+  const int64_t chain_w = O::tiled ? O::stride(G * Hw) : 0;
+  const int64_t loose_w = G * round_up(p.H, 2 * W);
   const bool projected = p.projected;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
   Split split;
@@ -40,17 +43,17 @@ struct BackwardPass {
   bool in_place;         // one step of so few rows that the weights are not even packed where they need not be
   int64_t chunks;
   int64_t* chunk_begin;  // [chunks + 1] first step of each
-  int64_t R, Rw;         // rows that a buffer has room for; as words
+  int64_t R, Rl, Rw;     // rows that a buffer has room for; as words of left and right operands of weight gradients
   int64_t longest;       // rows of the largest slice
   int64_t most_steps;    // of a chunk
 
   // What a chunk leaves for the gradients. Absent pieces are not wanted.
   struct Buffer {
     T* dgates;   // [S * blocks][R][Ww]
-    T* by_rows;  // [S * blocks][Rw][W] the same for the gradients of weights
+    T* by_rows;  // [S * blocks][Rl][W] the same for the gradients of weights
     T* h_prev;   // [out_blocks][Rw][W] the state that entered each step
     T* x;        // [in_blocks][Rw][W]
-    T* dh_out;   // [out_blocks][Rw][W] gradient of the projected state
+    T* dh_out;   // [out_blocks][Rl][W] gradient of the projected state
     T* h_raw;    // [blocks][Rw][W] o tanh(c), before the projection
   };
 
@@ -66,6 +69,10 @@ struct BackwardPass {
     T* c_reset;   // [rows][Hp]
     T* dh_reset;  // [rows][Pp] sums over the cuts; null: not wanted
     T* dc_reset;  // [rows][Hp]
+    // By tiles: the dgates of even, of odd steps, gate after gate; and where small rows are looked for, each part's
+    // largest of every row.
+    T* chain[2];  // [rows][chain_w] as words
+    T* peaks[2];  // [parts][rows][W]
   };
 
   // A row at the step being worked on.
@@ -95,6 +102,11 @@ struct BackwardPass {
     bool idle;
     Watch<Cell, V>* watch;  // null: nobody watches
     double* watched;        // [D][2][most_steps][columns] a chunk's steps, those of the chunk before
+    // By tiles.
+    T* loose;      // [loose_w] a row of dgates, as values
+    T* split;      // [2 tiles of rows][chain_w] rows of dgates, as words
+    T* left;       // the left operand of a weight gradient
+    bool* small;   // [rows]
   };
 
   explicit BackwardPass(const Backward& backward) : p(backward) {}
@@ -119,13 +131,17 @@ struct BackwardPass {
   }
   int64_t extent() const { return chunks; }
   void advance(int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename O::Session session;
     for (int64_t k = begin; k < end; ++k) {
       gather_x(0, 0, k);
       recur(workers[0], 0, k);
       reduce(0, 0, k);
     }
   }
-  void finish() { finish_states(workers[0], 0); }
+  void finish() {
+    [[maybe_unused]] const typename O::Session session;
+    finish_states(workers[0], 0);
+  }
   static void* operator new(size_t, void* at) { return at; }
 
  private:
@@ -152,11 +168,13 @@ struct BackwardPass {
     }
     if (memory) chunk_begin[chunks] = p.T;
     R += R % 2 == 0;  // or all blocks would fall into the same few sets of the cache
-    Rw = O::words(R);
-    Rw += Rw % 2 == 0;
+    Rl = O::Left::row_words(R);
+    Rl += Rl % 2 == 0;
+    Rw = O::row_words(R);
+    Rw += !O::tiled && Rw % 2 == 0;
     const int64_t K = G * Hw;
-    in_place = p.T == 1 && N <= few_rows && !storage.rounds && !twice;
-    once = p.T == 1 && (split.workers == 1 ? N <= 48 : in_place);
+    in_place = p.T == 1 && N <= few_rows && !storage.rounds && !twice && !O::tiled;
+    once = p.T == 1 && !O::tiled && (split.workers == 1 ? N <= 48 : in_place);
     const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
     for (int d = 0; d < p.D; ++d) {
       w_hh[d] = {matrix(Packed<V, 1>::count(K, p.P)), K, out_blocks};
@@ -169,16 +187,16 @@ struct BackwardPass {
     for (int i = 0; i < 2 * p.D; ++i) {
       const auto& wanted = p.gradients[i / 2];
       const bool used = i % 2 == 0 || chunks > 1;
-      const auto piece = [&](bool is_wanted, int64_t columns) {
-        return is_wanted && used ? carve.take<T>(columns * Rw * W) : nullptr;
+      const auto piece = [&](bool is_wanted, int64_t columns, int64_t rows) {
+        return is_wanted && used ? carve.take<T>(columns * rows * W) : nullptr;
       };
       Buffer b;
       b.dgates = used ? carve.take<T>(S * blocks * R * Ww) : nullptr;
-      b.by_rows = twice ? piece(wanted.w_ih || wanted.w_hh || wanted.b_ih || wanted.b_hh, S * blocks) : b.dgates;
-      b.h_prev = piece(wanted.w_hh || p.operands.h_prev, out_blocks);
-      b.x = piece(wanted.w_ih, in_blocks);
-      b.dh_out = piece(wanted.w_hr || p.operands.dh_out, out_blocks);
-      b.h_raw = piece(wanted.w_hr || p.operands.h_raw, blocks);
+      b.by_rows = twice ? piece(wanted.w_ih || wanted.w_hh || wanted.b_ih || wanted.b_hh, S * blocks, Rl) : b.dgates;
+      b.h_prev = piece(wanted.w_hh || p.operands.h_prev, out_blocks, Rw);
+      b.x = piece(wanted.w_ih, in_blocks, Rw);
+      b.dh_out = piece(wanted.w_hr || p.operands.dh_out, out_blocks, Rl);
+      b.h_raw = piece(wanted.w_hr || p.operands.h_raw, blocks, Rw);
       if (memory) buffers[i] = b;
     }
     carve.gap();
@@ -199,6 +217,8 @@ struct BackwardPass {
       s.c_reset = piece(p.c_reset, Hp);
       s.dh_reset = piece(p.dh_reset, Pp);
       s.dc_reset = piece(p.dc_reset, Hp);
+      for (T*& words : s.chain) words = carve.take<T>(O::tiled ? (longest + O::row_beyond) * chain_w : 0);
+      for (T*& peaks : s.peaks) peaks = piece(O::keeps_small, split.parts * W);
       if (memory) states[i] = s;
     }
     workers = carve.take<Worker>(split.workers);
@@ -217,6 +237,10 @@ struct BackwardPass {
                nullptr,
                place.idle,
                nullptr,
+               nullptr,
+               nullptr,
+               nullptr,
+               nullptr,
                nullptr};
       w.first_out = first_block(w_hh[0], place.part, split.parts);
       w.last_out = first_block(w_hh[0], place.part + 1, split.parts);
@@ -225,6 +249,12 @@ struct BackwardPass {
       w.rows = carve.take<Row>(longest);
       w.dx = carve.take<char*>(p.dx.data ? R : 0);
       w.panel = carve.take<T>(once ? larger(K, p.P) * group_vectors * W : 0);
+      if (O::tiled) {
+        w.loose = carve.take<T>(loose_w);
+        w.split = carve.take<T>(p.dx.data ? 2 * O::row_beyond * chain_w : 0);
+        w.left = carve.take<T>(O::words(R) * W);
+        w.small = carve.take<bool>(longest);
+      }
       if (p.watched) {
         w.watch = carve.take<Watch<Cell, V>>(1);
         w.watched = carve.take<double>(2 * p.D * most_steps * Watch<Cell, V>::columns);
@@ -255,6 +285,7 @@ struct BackwardPass {
   }
 
   void work(int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename O::Session session;
     const Meeting meet{barriers, split};
     for (int64_t w = begin; w < end; ++w) prepare(w);
     meet.everyone(begin, end);
@@ -323,8 +354,8 @@ struct BackwardPass {
     for (int d = 0; d < p.D; ++d) {
       if (p.dx.data && !once) {
         const int64_t groups = group_count(w_ih[d]);
-        pack<O>(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
-                share_of(groups, worker + 1, split.workers), unused);
+        pack_groups<O>(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
+                       share_of(groups, worker + 1, split.workers), unused);
       }
       if (w.idle || (split.directions == 2 && d != place.direction)) continue;
       if (!once) {
@@ -349,6 +380,8 @@ struct BackwardPass {
     const auto load = [&](const void* from, int64_t row, int64_t width, int64_t padded, T* to) {
       load_row<Singles<V>>(state_storage, from, row, width, padded, to + i * padded);
     };
+    if (O::tiled)
+      for (T* words : s.chain) zero(words + i * chain_w, chain_w);  // what no unit writes stays zero
     load(p.dh_n, own, p.P, Pp, s.dh_n);
     load(p.h0, own, p.P, Pp, s.h0);
     if (p.h_reset) load(p.h_reset, again, p.P, Pp, s.h_reset);
@@ -399,7 +432,16 @@ struct BackwardPass {
     const bool any = from >= 0 && from < p.T;
     const int64_t carried = any ? w.slice.active(p, from) : 0;
     find_rows(w, s, k, from, carried);
-    const bool back = split.alternate && (t & 1) && carried == 1;
+    if constexpr (O::tiled)
+      this->tiled_carry(w, s, from, carried);
+    else
+      vector_carry(w, s, carried);
+    if (w.watch && !projected && k < chunks) end_watched_step(w, s, k);
+  }
+
+  void vector_carry(Worker& w, const Step& s, int64_t carried) {
+    const int d = s.d;
+    const bool back = split.alternate && (s.t & 1) && carried == 1;
     over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, back, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = nullptr;
@@ -412,25 +454,79 @@ struct BackwardPass {
         for (int r = 0; r < M; ++r) dgates[r] = w.rows[i + r].dgates;
         multiply_dgates(sum, dgates, group, source_hh(d), block);
         for (int r = 0; r < M; ++r)
-          for (int v = 0; v < U; ++v) {
-            const int64_t unit = (block + v) * W;
-            V dh = sum[r][v];
-            if (Cell::bypass) dh = dh + V::load(s.state.bypass + (i + r) * Hp + unit);
-            if (w.rows[i + r].was_cut) {
-              if (s.state.dh_reset) add_to(s.state.dh_reset + (i + r) * Pp + unit, dh);
-              dh = V::set(0);
-            }
-            if (i + r < s.now)
-              receive(w, s, i + r, block + v, dh);
-            else if (p.dh0)
-              put_first(dh, p.dh0, (d * p.B + row_of(p, w.slice.rank(i + r))) * p.P + unit, p.P - unit);
-          }
+          for (int v = 0; v < U; ++v) arrive(w, s, i + r, block + v, sum[r][v]);
       });
-      for (int64_t i = carried; i < s.now; ++i)  // rows whose last step this is
-        for (int v = 0; v < U; ++v) receive(w, s, i, block + v, V::load(s.state.dh_n + i * Pp + (block + v) * W));
+      begin_rows(w, s, carried, block, U);
     });
-    if (w.watch && !projected && k < chunks) end_watched_step(w, s, k);
   }
+
+  // What came through the recurrence to a vector of row i.
+  FASTRNN_MEMBER void arrive(const Worker& w, const Step& s, int64_t i, int64_t block, V dh) const {
+    const int64_t unit = block * W;
+    if (Cell::bypass) dh = dh + V::load(s.state.bypass + i * Hp + unit);
+    if (w.rows[i].was_cut) {
+      if (s.state.dh_reset) add_to(s.state.dh_reset + i * Pp + unit, dh);
+      dh = V::set(0);
+    }
+    if (i < s.now)
+      receive(w, s, i, block, dh);
+    else if (p.dh0)
+      put_first(dh, p.dh0, (s.d * p.B + row_of(p, w.slice.rank(i))) * p.P + unit, p.P - unit);
+  }
+
+  // Rows whose last step this is.
+  FASTRNN_MEMBER void begin_rows(const Worker& w, const Step& s, int64_t carried, int64_t block, int count) const {
+    for (int64_t i = carried; i < s.now; ++i)
+      for (int v = 0; v < count; ++v) receive(w, s, i, block + v, V::load(s.state.dh_n + i * Pp + (block + v) * W));
+  }
+
+#ifdef FASTRNN_ISA_AMX
+  // carry() by tiles: of the chain's words instead of the buffer's values, but for rows too small for them.
+  void tiled_carry(Worker& w, const Step& s, int64_t from, int64_t carried) {
+    if constexpr (O::keeps_small) {
+      zero(s.state.peaks[s.t & 1] + w.part * longest * W, s.now * W);
+      for (int64_t i = 0; i < carried; ++i) {
+        V most = V::set(0);
+        for (int part = 0; part < split.parts; ++part)
+          most = max(most, V::load(s.state.peaks[from & 1] + (part * longest + i) * W));
+        w.small[i] = is_small(most);
+      }
+    }
+    over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
+      constexpr int U = decltype(u)::value;
+      const T* tiles = w_hh[s.d].data + block * W * G * Hw;
+      const T* words = s.state.chain[from & 1];
+      const int64_t depth = G * O::chunks(p.H);
+      over_tiled_rows<O::pieces, U>(0, carried, words, chain_w, tiles, depth, [&](int64_t i, V (&sum)[U]) {
+        if (O::keeps_small && w.small[i]) {
+          load_dgates(w.rows[i].dgates, w.loose);
+          single_row<O::pieces>(sum, w.loose, tiles, depth);
+        }
+        for (int v = 0; v < U; ++v) arrive(w, s, i, block + v, sum[v]);
+      });
+      begin_rows(w, s, carried, block, U);
+    });
+  }
+
+  FASTRNN_MEMBER void put_in_chain(const Worker& w, const Step& s, int64_t i, int64_t unit, const V (&da)[S]) const {
+    for (int k = 0; k < G; ++k) O::store(da[k], s.state.chain[s.t & 1] + i * chain_w + k * Hw, unit, p.H - unit);
+    if constexpr (O::keeps_small) {
+      T* peak = s.state.peaks[s.t & 1] + (w.part * longest + i) * W;
+      V most = V::load(peak);
+      for (int k = 0; k < G; ++k) most = max(most, absolute(first_lanes(da[k], p.H - unit)));
+      most.store(peak);
+    }
+  }
+
+  // The dgates of G slots of a buffer's row as one row of values, each slot padded to chunks.
+  void load_dgates(const T* dgates, T* to) const {
+    const int64_t padded = loose_w / G;
+    zero(to, loose_w);
+    for (int g = 0; g < G; ++g)
+      for (int64_t block = 0; block < blocks; ++block)
+        first_lanes(V::load(dgates + (g * blocks + block) * R * W), p.H - block * W).store(to + g * padded + block * W);
+  }
+#endif
 
   FASTRNN_MEMBER void put_first(V x, void* to, int64_t at, int64_t n) const {
     Storage<V>::store(state_storage, x, bytes(to) + at * state_storage.size, n);
@@ -490,7 +586,7 @@ struct BackwardPass {
     const int64_t at = row.at;
     if (w.watch) w.watch->add(watched::h, V::load(row.tape + Cell::tape * tape_h + unit), n);
     dh.store(s.state.dh + i * Pp + unit);
-    if (s.buffer.dh_out) put(dh, s.buffer.dh_out, block, at);
+    if (s.buffer.dh_out) O::Left::put(dh, s.buffer.dh_out + block * Rl * W, at);
     if (s.buffer.h_prev)
       put(V::load((row.before ? row.before + Cell::tape * tape_h : row.h_first) + unit), s.buffer.h_prev, block, at);
   }
@@ -519,7 +615,7 @@ struct BackwardPass {
     if (w.watch) end_watched_step(w, s, k);
   }
 
-  // x as row `at` of a block of the operands of weight gradients.
+  // x as row `at` of a block of the right operands of weight gradients.
   FASTRNN_MEMBER void put(V x, T* blocks_of_rows, int64_t block, int64_t at) const {
     O::put(x, blocks_of_rows + block * Rw * W, at);
   }
@@ -554,9 +650,10 @@ struct BackwardPass {
     Cell::backward(tape, h_prev, c_prev, dh, dc, da);
     if (s.buffer.h_prev && !projected) put(h_prev, s.buffer.h_prev, block, at);
     for (int k = 0; k < S; ++k) {
-      O::store(da[k], s.buffer.dgates + ((k * blocks + block) * R + at) * Ww, 0, p.H - unit);
+      O::Left::store(da[k], s.buffer.dgates + ((k * blocks + block) * R + at) * Ww, 0, p.H - unit);
       if (twice && s.buffer.by_rows) put(da[k], s.buffer.by_rows, k * blocks + block, at);
     }
+    if constexpr (O::tiled) this->put_in_chain(w, s, i, unit, da);
     if (Cell::bypass) dh.store(s.state.bypass + i * Hp + unit);
     if (!Cell::has_c) return;
     if (row.cut) {
@@ -632,7 +729,7 @@ struct BackwardPass {
 
   void gather_x(int64_t worker, int round, int64_t k) {
     for (int d = first_direction(round); d < end_direction(round); ++d) {
-      if (worker == 0) clear_odd_row(d, k);
+      if (worker == 0) clear_padding_rows(d, k);
       T* to = buffers[2 * d + (k & 1)].x;
       if (to == nullptr) continue;
       over_chunk_rows(worker, chunk(d, k), [&](int64_t row, int64_t t, int64_t b) {
@@ -643,19 +740,21 @@ struct BackwardPass {
     }
   }
 
-  // The last of an odd number of rows is paired with zeros.
-  void clear_odd_row(int d, int64_t k) const {
+  // The rows of right operands that pair the last ones, or fill up a tile, are zero; so are pairs of left ones.
+  void clear_padding_rows(int d, int64_t k) const {
     const Buffer& b = buffers[2 * d + (k & 1)];
     const int64_t rows = rows_of(chunk(d, k));
-    if (!twice || rows % 2 == 0) return;
-    const auto clear_row = [&](T* piece, int64_t columns) {
-      for (int64_t j = 0; piece && j < columns; ++j) put(V::set(0), piece, j, rows);
+    const auto clear_rows = [&](T* piece, int64_t columns) {
+      for (int64_t row = rows; piece && row < round_up(rows, O::row_multiple); ++row)
+        for (int64_t j = 0; j < columns; ++j) put(V::set(0), piece, j, row);
     };
-    clear_row(b.by_rows, S * blocks);
-    clear_row(b.h_prev, out_blocks);
-    clear_row(b.x, in_blocks);
-    clear_row(b.dh_out, out_blocks);
-    clear_row(b.h_raw, blocks);
+    if (twice) {
+      clear_rows(b.by_rows, S * blocks);
+      clear_rows(b.dh_out, out_blocks);
+    }
+    clear_rows(b.h_prev, out_blocks);
+    clear_rows(b.x, in_blocks);
+    clear_rows(b.h_raw, blocks);
   }
 
   // Calls f(sum) for every sum that the chunk in `b` contributes to; rows in words.
@@ -665,27 +764,27 @@ struct BackwardPass {
     const auto& to = p.gradients[d];
     const auto at = [](void* result, int64_t values) { return result ? static_cast<T*>(result) + values : nullptr; };
     for (int g = 0; g < G; ++g)
-      f(Sum{b.by_rows + (X + g) * blocks * Rw * W, p.H, b.x, p.I, rows, Rw, at(to.w_ih, g * p.H * p.I),
+      f(Sum{b.by_rows + (X + g) * blocks * Rl * W, p.H, Rl, b.x, p.I, Rw, rows, at(to.w_ih, g * p.H * p.I),
             at(to.b_ih, g * p.H)});
     for (int s = 0; s < G; ++s) {
       const int g = Cell::hidden_gate[s];
-      f(Sum{b.by_rows + s * blocks * Rw * W, p.H, b.h_prev, p.P, rows, Rw, at(to.w_hh, g * p.H * p.P),
+      f(Sum{b.by_rows + s * blocks * Rl * W, p.H, Rl, b.h_prev, p.P, Rw, rows, at(to.w_hh, g * p.H * p.P),
             at(to.b_hh, g * p.H)});
     }
-    f(Sum{b.dh_out, p.P, b.h_raw, p.H, rows, Rw, at(to.w_hr, 0), nullptr});
+    f(Sum{b.dh_out, p.P, Rl, b.h_raw, p.H, Rw, rows, at(to.w_hr, 0), nullptr});
   }
 
   void reduce(int64_t worker, int round, int64_t k) {
     for (int d = first_direction(round); d < end_direction(round); ++d) {
       const Buffer& b = buffers[2 * d + (k & 1)];
-      const int64_t c = chunk(d, k), rows = O::words(rows_of(c));
+      const int64_t c = chunk(d, k), rows = O::Left::row_words(rows_of(c));
       // A worker gets the tasks that begin in its part of the whole cost.
       int64_t all = 0, done = 0;
       over_sums(d, b, rows, [&](const auto& sum) { all += sum.cost(); });
       const int64_t begin = share_of(all, worker, split.workers), end = share_of(all, worker + 1, split.workers);
       over_sums(d, b, rows, [&](const auto& sum) {
         for (int64_t i = 0, n = sum.tasks(); i < n; done += sum.cost_of(i++))
-          if (done >= begin && done < end) GradientTasks<V, O>::run(sum, i, k == 0);
+          if (done >= begin && done < end) GradientTasks<V, O>::run(sum, i, k == 0, workers[worker].left);
       });
       if (p.dx.data) input_gradient(worker, d, k, c, b);
       hand_out(worker, d, c, b);
@@ -717,7 +816,7 @@ struct BackwardPass {
 
   // This worker's share of a chunk's operands.
   void hand_out(int64_t worker, int d, int64_t c, const Buffer& buffer) const {
-    if constexpr (twice) return;  // single values alone are handed out
+    if constexpr (twice || O::tiled) return;  // single values alone are handed out
     over_operands([&](const Operand& o) {
       const int64_t per_slot = ceil_div(o.units, W);
       over_chunk_rows(worker, c, [&](int64_t row, int64_t t, int64_t b) {
@@ -742,6 +841,20 @@ struct BackwardPass {
     const bool add = p.D == 2 && (split.directions == 1 ? d == 1 : d == 0 ? c < k : chunks - 1 - c <= k);
     const T* dgates = b.dgates + (X * blocks * R + first) * Ww;
     const Storage<V> out(p.dx_is_compute && p.dtype != Dtype::f64 ? Dtype::f32 : p.dtype);
+    const auto put_dx = [&](int64_t i, int64_t block, V x) {
+      const int64_t column = block * W, n = p.I - column;
+      char* to = w.dx[i] + column * out.size;
+      if (add) x = Storage<V>::load(out, to, n) + x;
+      Storage<V>::store(out, x, to, n);
+    };
+    if constexpr (O::tiled)
+      this->tiled_input_gradient(w, d, count, dgates, put_dx);
+    else
+      vector_input_gradient(w, d, count, dgates, put_dx);
+  }
+
+  template <class F>
+  void vector_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const {
     over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = nullptr;
@@ -754,14 +867,35 @@ struct BackwardPass {
         for (int r = 0; r < M; ++r) left[r] = dgates + (i + r) * Ww;
         multiply_dgates(sum, left, group, source_ih(d), block);
         for (int r = 0; r < M; ++r)
-          for (int v = 0; v < U; ++v) {
-            const int64_t column = (block + v) * W, n = p.I - column;
-            char* to = w.dx[i + r] + column * out.size;
-            V x = sum[r][v];
-            if (add) x = Storage<V>::load(out, to, n) + x;
-            Storage<V>::store(out, x, to, n);
-          }
+          for (int v = 0; v < U; ++v) put_dx(i + r, block + v, sum[r][v]);
       });
     });
   }
+
+#ifdef FASTRNN_ISA_AMX
+  // The same by tiles, two of rows at a time. Small rows are scaled before they are cut into pieces.
+  template <class F>
+  void tiled_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const {
+    constexpr int64_t most = 2 * O::row_beyond;
+    const int64_t depth = G * O::chunks(p.H);
+    for (int64_t first = 0; first < count; first += most) {
+      const int64_t n = smaller(most, count - first);
+      T back[most];
+      for (int64_t r = 0; r < n; ++r) {
+        load_dgates(dgates + (first + r) * W, w.loose);
+        const Scale scale(O::keeps_small ? largest_of(w.loose, loose_w) : V::set(0));
+        for (int64_t unit = 0; unit < loose_w; unit += W)
+          O::store(V::load(w.loose + unit) * V::set(scale.by), w.split + r * chain_w, unit, W);
+        back[r] = scale.back;
+      }
+      over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
+        constexpr int U = decltype(u)::value;
+        const T* tiles = w_ih[d].data + block * W * G * Hw;
+        over_tiled_rows<O::pieces, U>(0, n, w.split, chain_w, tiles, depth, [&](int64_t r, V (&sum)[U]) {
+          for (int v = 0; v < U; ++v) put_dx(first + r, block + v, sum[v] * V::set(back[r]));
+        });
+      });
+    }
+  }
+#endif
 };

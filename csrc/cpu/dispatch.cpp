@@ -10,11 +10,35 @@
 
 #include "../cells.h"
 
+#if defined(FASTRNN_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Bound where a test has brought an emulator of AMX's instructions, which CPUID knows nothing of.
+extern "C" __attribute__((weak)) int fastrnn_emulates_amx;
+#endif
+
 // The library hides its symbols; these are the ones that the Python module links against.
 #define FASTRNN_EXPORT __attribute__((visibility("default")))
 
 namespace fastrnn {
 namespace {
+
+// Whether the machine has tiles and bfloat16 products of them, and Linux lets this process use them: it gives out the
+// memory to save them in on request.
+bool has_amx() {
+#if defined(FASTRNN_X86) && defined(__linux__)
+  if (&fastrnn_emulates_amx) return true;
+  unsigned a, b, c, d;
+  constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile) == 0 || (d & bf16) == 0) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 bool runs_here(const char* isa) {
 #ifdef FASTRNN_X86
@@ -24,7 +48,10 @@ bool runs_here(const char* isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!std::strcmp(isa, "avx512")) return avx512;
-  if (!std::strcmp(isa, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(isa, "avx512_bf16")) return bf16;
+  static const bool amx = bf16 && has_amx();
+  if (!std::strcmp(isa, "amx")) return amx;
 #endif
   return !std::strcmp(isa, "scalar");
 }
@@ -49,7 +76,9 @@ struct Default {
     }
     if (!table) {
       const Kernels* tables[8];
-      table = tables[available(tables) - 1];
+      int widest = available(tables) - 1;
+      while (!tables[widest]->by_default) --widest;
+      table = tables[widest];
     }
   }
 };
@@ -70,6 +99,7 @@ FASTRNN_EXPORT int available(const Kernels** out) {
       &avx2::table,
       &avx512::table,
       &avx512::table_bf16,
+      &amx::table,
 #endif
   };
   int n = 0;

@@ -7,7 +7,8 @@
 namespace fastrnn {
 
 struct Kernels {
-  const char* isa;  // "scalar", "avx2", "avx512", "avx512_bf16"
+  const char* isa;  // "scalar", "avx2", "avx512", "avx512_bf16", "amx"
+  bool by_default;  // whether it is used unasked
   int float_lanes;  // floats per vector
   int fma_chains;   // vectors that limit(0, ...) works on
   void (*forward)(const Forward&, const Team&);
@@ -23,7 +24,8 @@ struct Kernels {
   // y[i] = function(x[i]): 0 sigmoid, 1 tanh; float or double. For the accuracy tests.
   void (*activation)(int function, Dtype dtype, const void* x, void* y, int64_t n);
   // The work by which this machine's limits are timed, on one thread: 0 `repeats` fma of each of fma_chains vectors,
-  // 1 `repeats` sums of n floats (a multiple of 8 vectors). What it returns means nothing, but must be used.
+  // 1 `repeats` sums of n floats (a multiple of 8 vectors), 2 (amx alone) `repeats` times four products of tiles. What
+  // it returns means nothing, but must be used.
   double (*limit)(int what, const float* data, int64_t n, int64_t repeats);
 };
 
@@ -38,11 +40,15 @@ namespace avx512 {
 extern const Kernels table;
 extern const Kernels table_bf16;  // with the instruction for pairs of bfloat16
 }  // namespace avx512
+namespace amx {
+extern const Kernels table;
+}
 #endif
 
 // The tables this machine can run, narrowest first; returns how many (out holds up to 8).
 int available(const Kernels** out);
-// The table in use: the widest available, unless FASTRNN_ISA or force() says otherwise.
+// The table in use: the widest available that has been timed on such a machine (amx has not), unless FASTRNN_ISA or
+// force() says otherwise.
 const Kernels& current();
 // choose_split, forward, and choose_wavefront (plan.h) for the table in use: how a layer, or `count` of them, would be
 // shared out.

@@ -17,12 +17,17 @@ struct ForwardPass {
   const Forward& p;
   const Storage<V> storage{p.dtype}, state_storage{p.state};
   const int64_t blocks = ceil_div(p.H, W), Hp = blocks * W, Pp = round_up(p.P, W), N = stored_rows(p);
-  const int64_t Iw = O::words(p.I), Pw = O::words(p.P), row_w = O::words(Pp);
+  // A folded input is multiplied value by value, whatever O is. Words of a column of weights, and of a row.
+  using Folded = typename O::Left;
+  const bool folds_values = O::tiled && p.I <= folded_input;
+  const int64_t Iw = folds_values ? p.I : O::words(p.I), Pw = O::words(p.P);
+  const int64_t row_x = folds_values ? Iw : O::stride(Iw), row_w = O::stride(O::words(Pp));
   const int64_t tape_h = padded_to_tape_block(p.H);
   const bool projected = p.projected, prepacked = p.weights[0].packed != nullptr;
-  static constexpr bool paired = O::words(2) == 1;
+  static constexpr bool paired = O::words(2) != 2;
   const bool as_words = !storage.rounds && !paired;  // every row is stored as the products read it
-  const bool keeps_h = Cell::reads_h && !O::exact(storage);
+  const bool keeps_h = (Cell::reads_h && !O::exact(storage)) || O::keeps_small;
+  const int64_t own_w = O::tiled ? round_up(larger(Hp, Pp), 2 * W) : Hp;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
   const bool dot = !prepacked && p.T == 1 && p.B <= dot_rows;  // by the whole batch: no cut into slices changes bits
   Split split;
@@ -40,7 +45,7 @@ struct ForwardPass {
   struct State {
     T* h[2];     // [rows][Pp] as words: the state that enters even, odd steps
     T* h_raw;    // [rows][Hp] before a projection
-    T* h_own;    // [rows][Hp] where the cell reads h itself, and words do not hold it
+    T* h_own[2];  // [rows][own_w] h itself, where the cell or a small row's product reads it and words do not hold it
     T* c;        // [rows][Hp]
     T* h_reset;  // [rows][Pp] what h starts from after a cut; null: zero
     T* c_reset;  // [rows][Hp]
@@ -68,6 +73,9 @@ struct ForwardPass {
     Tile tiles[2] = {};            // in turn, if its input is projected ahead; else the first alone
     Progress* progress = nullptr;  // if so
     bool* cut = nullptr;           // [rows] whether what enters the next step is zero
+    // Rows too small for tiles (O::keeps_small): of the state, and of the input that is gathered, with where they lie.
+    bool *small_h = nullptr, *small_x = nullptr;
+    const char** from_x = nullptr;
   };
 
   explicit ForwardPass(const Forward& forward) : p(forward) {}
@@ -92,7 +100,10 @@ struct ForwardPass {
     prepare(int64_t(0));
   }
   int64_t extent() const { return p.T; }
-  void advance(int64_t begin, int64_t end) { advance_through(workers[0], 0, begin, end, 0); }
+  void advance(int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename O::Session session;
+    advance_through(workers[0], 0, begin, end, 0);
+  }
   void finish() {}
 
   // For weights that are kept packed: the bytes of one direction, and packing it into `memory`.
@@ -130,7 +141,7 @@ struct ForwardPass {
     tile = tile < few ? few : tile > many ? many : tile;
     tile = smaller(split.ahead ? ahead_rows : tile, longest * p.T);
     tile_steps = larger(tile / larger(longest, 1), 1);
-    once = !prepacked && p.T == 1 && longest <= tile && split.slices == 1;
+    once = !prepacked && !O::tiled && p.T == 1 && longest <= tile && split.slices == 1;
     folded = p.I <= folded_input && !once && !dot;
     for (int d = 0; d < p.D; ++d) {
       if (prepacked) {
@@ -149,9 +160,9 @@ struct ForwardPass {
     for (int i = 0; i < split.slices * p.D; ++i) {
       State s;
       carve.gap();
-      for (T*& h : s.h) h = carve.take<T>(longest * row_w);
+      for (T*& h : s.h) h = carve.take<T>((longest + O::row_beyond) * row_w);
       s.h_raw = projected ? carve.take<T>(longest * Hp) : nullptr;
-      s.h_own = carve.take<T>(keeps_h ? longest * Hp : 0);
+      for (T*& h : s.h_own) h = carve.take<T>(keeps_h ? longest * own_w : 0);
       s.c = carve.take<T>(Cell::has_c ? longest * Hp : 0);
       s.h_reset = p.h_reset ? carve.take<T>(longest * Pp) : nullptr;
       s.c_reset = p.c_reset ? carve.take<T>(longest * Hp) : nullptr;
@@ -167,7 +178,7 @@ struct ForwardPass {
       w.last = first_block(w_hh[0], place.part + 1, split.parts);
       w.first_out = first_block(w_hr[0], place.part, split.parts);
       w.last_out = first_block(w_hr[0], place.part + 1, split.parts);
-      w.x = carve.take<T>((folded ? longest : tile) * Iw);
+      w.x = carve.take<T>((folded ? longest : tile + O::row_beyond) * row_x);
       for (int k = 0; k < (split.ahead ? 2 : 1); ++k) {
         carve.gap();
         w.tiles[k].gates_x = carve.take<T>(folded ? 0 : tile * (w.last - w.first) * G * W);
@@ -179,6 +190,12 @@ struct ForwardPass {
       const int64_t deepest = once || dot ? larger(p.I, larger(p.P, p.H)) : 0;
       w.panel = carve.take<T>(deepest * group_vectors * W);
       w.scratch = carve.take<T>(as_words ? 0 : deepest * W);
+      if (O::keeps_small) {
+        w.small_h = carve.take<bool>(longest);
+        w.small_x = carve.take<bool>(folded ? 0 : tile);
+        w.from_x = carve.take<const char*>(folded ? 0 : tile);
+        w.scratch = carve.take<T>(round_up(p.I, 2 * W));
+      }
       w.cut = carve.take<bool>(p.reset ? longest : 0);
       if (!memory) continue;
       w.states = states + place.slice * p.D;
@@ -206,6 +223,7 @@ struct ForwardPass {
   Source source_hr(int d) const { return {p.weights[d].w_hr, p.H, p.P, p.H, true, {}}; }
 
   void work(int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename O::Session session;
     const Meeting meet{barriers, split};
     for (int64_t w = begin; w < end; ++w) prepare(w);
     meet.everyone(begin, end);
@@ -270,7 +288,11 @@ struct ForwardPass {
   }
 
   void pack_input_weights(int d, const Place& place, T* scratch) {
-    if (!once) pack_share<O>(w_ih[d], source_ih(d), storage, split, place, scratch);
+    if (once) return;
+    if (folds_values)
+      pack_share<Folded>(w_ih[d], source_ih(d), storage, split, place, scratch);
+    else
+      pack_share<O>(w_ih[d], source_ih(d), storage, split, place, scratch);
   }
 
   void pack_state_weights(int d, const Place& place, T* scratch) {
@@ -310,7 +332,10 @@ struct ForwardPass {
     const void *h_first = cut ? p.h_reset : p.h0, *c_first = cut ? p.c_reset : p.c0;
     const int64_t again = reset_row(p, d, b), row = cut ? again : d * p.B + b;
     load_row<O>(state_storage, h_first, row, p.P, Pp, h);
-    if (keeps_h) load_row<Singles<V>>(state_storage, h_first, row, p.H, Hp, s.h_own + i * Hp);
+    if (keeps_h) {
+      load_row<Singles<V>>(state_storage, h_first, row, p.P, own_w, s.h_own[0] + i * own_w);
+      __builtin_memcpy(s.h_own[1] + i * own_w, s.h_own[0] + i * own_w, size_t(own_w) * sizeof(T));
+    }
     if (Cell::has_c) load_row<Singles<V>>(state_storage, c_first, row, p.H, Hp, s.c + i * Hp);
     if (p.h_reset) load_row<Singles<V>>(state_storage, p.h_reset, again, p.P, Pp, s.h_reset + i * Pp);
     if (p.c_reset) load_row<Singles<V>>(state_storage, p.c_reset, again, p.H, Hp, s.c_reset + i * Hp);
@@ -339,6 +364,8 @@ struct ForwardPass {
     int64_t t;
     const T* h;  // the state that enters
     T* h_new;    // the state that leaves
+    const T* own;  // the same as values (State::h_own)
+    T* own_new;
     const State& state;
     int64_t final;    // rows from here on end with this step
     const bool* cut;  // null: no row's next step starts anew
@@ -354,6 +381,8 @@ struct ForwardPass {
             t,
             s.h[q & 1],
             s.h[~q & 1],
+            s.h_own[q & 1],
+            s.h_own[~q & 1],
             s,
             last ? 0
             : d  ? now
@@ -411,17 +440,33 @@ struct ForwardPass {
   int64_t gather_x(const Worker& w, int64_t t, int64_t begin, int64_t end, int64_t rows) {
     for (int64_t i = begin; i < end; ++i) {
       const char* from = bytes(p.x.data) + row_offset(p, p.x, t, row_of(p, w.slice.rank(i))) * storage.size;
-      T* to = w.x + (rows++) * Iw;
+      T* to = w.x + rows * row_x;
       if (folded && as_words)
         for (int64_t k = 0; k < p.I; ++k) to[k] = reinterpret_cast<const T*>(from)[k];
+      else if (folds_values)
+        Folded::read(storage, from, to, p.I);
       else
         O::read(storage, from, to, p.I);
+      if constexpr (O::keeps_small) {
+        if (!folded) {
+          w.small_x[rows] = is_small(largest_of(reinterpret_cast<const T*>(from), p.I));
+          w.from_x[rows] = from;
+        }
+      }
+      ++rows;
     }
     return rows;
   }
 
   // gates_x[row] = bias + x[row] W_ih, unit block by unit block, the gates of a block side by side.
   void project_input(const Worker& w, int d, int64_t rows, T* gates_x) const {
+    if constexpr (O::tiled)
+      this->tiled_project_input(w, d, rows, gates_x);
+    else
+      vector_project_input(w, d, rows, gates_x);
+  }
+
+  void vector_project_input(const Worker& w, int d, int64_t rows, T* gates_x) const {
     const int64_t ld = (w.last - w.first) * G * W;
     const Source source = source_ih(d);
     over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
@@ -432,9 +477,9 @@ struct ForwardPass {
         constexpr int M = decltype(m)::value;
         V sum[M][N];
         if (dot)
-          dot_group<O, G>(sum, w.x + i * Iw, Iw, source, storage, block, w.scratch);
+          dot_group<O, G>(sum, w.x + i * row_x, Iw, source, storage, block, w.scratch);
         else
-          product<O>(sum, w.x + i * Iw, Iw, group, Iw);
+          product<O>(sum, w.x + i * row_x, row_x, group, Iw);
         for (int r = 0; r < M; ++r)
           for (int v = 0; v < N; ++v)
             (sum[r][v] + V::load(bias + v * W)).store(gates_x + (i + r) * ld + ((block - w.first) * G + v) * W);
@@ -443,7 +488,14 @@ struct ForwardPass {
   }
 
   // Rows [begin, end) of one step, this worker's hidden units.
-  void step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) {
+  void step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const {
+    if constexpr (O::tiled)
+      this->tiled_step(w, s, begin, end, gates_x);
+    else
+      vector_step(w, s, begin, end, gates_x);
+  }
+
+  void vector_step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const {
     constexpr int U = Packed<V, G>::U;
     if (s.back && end - begin == 1) return step_back(w, s, begin, gates_x);
     int64_t first = w.first;
@@ -464,6 +516,37 @@ struct ForwardPass {
       });
     });
   }
+
+#ifdef FASTRNN_ISA_AMX
+  void tiled_project_input(const Worker& w, int d, int64_t rows, T* gates_x) const {
+    const int64_t ld = (w.last - w.first) * G * W, depth = O::chunks(p.I);
+    over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
+      constexpr int N = decltype(u)::value * G;
+      const T *bias = bias_x[d] + block * G * W, *tiles = w_ih[d].data + block * G * W * Iw;
+      over_tiled_rows<O::pieces, N>(0, rows, w.x, row_x, tiles, depth, [&](int64_t i, V (&sum)[N]) {
+        if (O::keeps_small && w.small_x[i]) {
+          load_row<Singles<V>>(storage, w.from_x[i], 0, p.I, round_up(p.I, 2 * W), w.scratch);
+          single_row<O::pieces>(sum, w.scratch, tiles, depth);
+        }
+        for (int v = 0; v < N; ++v)
+          (sum[v] + V::load(bias + v * W)).store(gates_x + i * ld + ((block - w.first) * G + v) * W);
+      });
+    });
+  }
+
+  void tiled_step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const {
+    if constexpr (O::keeps_small)
+      for (int64_t i = begin; i < end; ++i) w.small_h[i] = is_small(largest_of(s.own + i * own_w, p.P));
+    over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
+      constexpr int blocks = decltype(u)::value, N = blocks * G;
+      const T* tiles = w_hh[s.d].data + block * G * W * Pw;
+      over_tiled_rows<O::pieces, N>(begin, end, s.h, row_w, tiles, O::chunks(p.P), [&](int64_t i, V (&sum)[N]) {
+        if (O::keeps_small && w.small_h[i]) single_row<O::pieces>(sum, s.own + i * own_w, tiles, O::chunks(p.P));
+        apply<blocks>(w, s, begin, i, block, sum, gates_x);
+      });
+    });
+  }
+#endif
 
   // One row, two neighbouring groups from `block` on.
   FASTRNN_MEMBER void step_pair(const Worker& w, const Step& s, int64_t row, int64_t block, const T* gates_x) const {
@@ -497,9 +580,9 @@ struct ForwardPass {
       const T* weights = w_ih[s.d].data + block * G * W * Iw;
       for (int v = 0; v < count * G; ++v) x[v] = V::set(0);
       for (int64_t k = 0; k < Iw; ++k) {
-        const V left = V::set(w.x[i * Iw + k]);
+        const V left = V::set(w.x[i * row_x + k]);
         for (int v = 0; v < count * G; ++v)
-          x[v] = O::multiply_add(left, V::load(weights + place_in_group<count * G, V>(Iw, k, v)), x[v]);
+          x[v] = Folded::multiply_add(left, V::load(weights + place_in_group<count * G, V>(Iw, k, v)), x[v]);
       }
       for (int v = 0; v < count * G; ++v) x[v] = x[v] + V::load(bias_x[s.d] + (block * G + v) * W);
     } else {
@@ -519,7 +602,7 @@ struct ForwardPass {
         else
           a[slot] = x[k * G + slot - X];
       }
-      if (Cell::reads_h) h = keeps_h ? V::load(s.state.h_own + i * Hp + unit) : O::load(s.h + i * row_w, unit);
+      if (Cell::reads_h) h = keeps_h ? V::load(s.own + i * own_w + unit) : O::load(s.h + i * row_w, unit);
       if (Cell::has_c) c = V::load(s.state.c + i * Hp + unit);
       Cell::forward(a, h, c, tape);
       if (Cell::has_c) put_c(s, i, b, unit, c);
@@ -549,7 +632,12 @@ struct ForwardPass {
     if (i >= s.final) put_last(h, p.h_n, (s.d * p.B + b) * p.P + unit, n);
     const V next = s.cut && s.cut[i] ? start_of<V>(s.state.h_reset, i * Pp + unit) : h;
     O::store(next, s.h_new + i * row_w, unit, n);
-    if (keeps_h) next.store(s.state.h_own + i * Hp + unit);
+    if (keeps_h) {
+      if (O::keeps_small && n < W)
+        next.store(s.own_new + i * own_w + unit, int(n));  // the rest is to stay zero
+      else
+        next.store(s.own_new + i * own_w + unit);
+    }
     return h;
   }
 

@@ -1,6 +1,7 @@
 // Instantiates the passes for every cell and compute type into one table for the ISA of the including file.
 //
-// Included with FASTRNN_NAMESPACE (and FASTRNN_ISA_AVX2 or FASTRNN_ISA_AVX512) set. Everything but the table lies in an
+// Included with FASTRNN_NAMESPACE (and FASTRNN_ISA_AVX2 or FASTRNN_ISA_AVX512, or with the latter FASTRNN_ISA_AMX) set.
+// With AMX, tables of kernels that go by tiles, and hand what those do not serve to avx512's. Everything but the table lies in an
 // anonymous namespace: no symbol built with wide instructions can be picked by the linker for another tier, and no
 // standard header that defines inline functions is included.
 #include <cstdint>
@@ -34,14 +35,22 @@ constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #include "operand.h"
 #include "gemm.h"
 #include "pack.h"
+#ifdef FASTRNN_ISA_AMX
+#include "tiles.h"
+#endif
 #include "layer.h"
 #include "forward.h"
 #include "gradients.h"
 #include "watch.h"
 #include "backward.h"
 #include "stack.h"
+#ifndef FASTRNN_ISA_AMX
 #include "roofline.h"
+#endif
 // clang-format on
+
+// What float32 and bfloat16 are multiplied as (operand.h).
+enum class Products { singles, pairs, tiles };
 
 // Calls f(cell, value) with the types that a layer is computed by.
 template <class F>
@@ -55,73 +64,92 @@ void with_types(const Layer& layer, const F& f) {
   });
 }
 
-// Calls f(cell, value, operand) with the types of a pass: where `pairs`, bfloat16 is multiplied by pairs, and so is
-// float32 where it may be rounded to that.
-template <bool pairs, class F>
+FASTRNN_INLINE bool rounds_to_bf16(const Layer& layer) {
+  return layer.dtype == Dtype::bf16 || (layer.dtype == Dtype::f32 && layer.precision == Precision::bf16);
+}
+
+// Calls f(cell, value, operand) with the types of a pass: by pairs go bfloat16, and float32 where it may be rounded to
+// that; by tiles those as well, and float32 in as many pieces as its precision wants.
+template <Products products, class F>
 void with_operand(const Layer& layer, const F& f) {
+#if defined(FASTRNN_ISA_AMX)
+  static_assert(products == Products::tiles);
+  for_each_cell([&](auto cell) {
+    if (cell.kind != layer.cell) return;
+    if (rounds_to_bf16(layer))
+      f(cell, f32{}, Tiles<1>{});
+    else if (layer.precision == Precision::tf32)
+      f(cell, f32{}, Tiles<2>{});
+    else
+      f(cell, f32{}, Tiles<3>{});
+  });
+#else
   with_types(layer, [&](auto cell, auto v) {
     using V = decltype(v);
 #if defined(FASTRNN_ISA_AVX512)
-    if constexpr (pairs && sizeof(typename V::T) == 4)
-      if (layer.dtype == Dtype::bf16 || (layer.dtype == Dtype::f32 && layer.precision == Precision::bf16))
-        return f(cell, v, Pairs{});
+    if constexpr (products == Products::pairs && sizeof(typename V::T) == 4)
+      if (rounds_to_bf16(layer)) return f(cell, v, Pairs{});
 #endif
     f(cell, v, Singles<V>{});
   });
+#endif
 }
 
-template <bool pairs>
+template <Products products>
 void run_forward(const Forward& problem, const Team& team) {
-  with_operand<pairs>(problem, [&](auto cell, auto v, auto o) {
+  with_operand<products>(problem, [&](auto cell, auto v, auto o) {
     ForwardPass<decltype(cell), decltype(v), decltype(o)>(problem).run(team);
   });
 }
 
-template <bool pairs>
+template <Products products>
 void run_backward(const Backward& problem, const Team& team) {
   const auto run = [&](auto cell, auto v, auto o) {
     BackwardPass<decltype(cell), decltype(v), decltype(o)>(problem).run(team);
   };
-  // What is handed out are single values.
-  problem.operands.dgates ? with_operand<false>(problem, run) : with_operand<pairs>(problem, run);
+  if constexpr (products == Products::pairs)
+    if (problem.operands.dgates) return with_operand<Products::singles>(problem, run);
+  with_operand<products>(problem, run);
 }
 
-template <bool pairs>
+template <Products products>
 void run_forward_wavefront(const Forward* layers, int count, const Wavefront& wave, const Team& team) {
-  with_operand<pairs>(layers[0], [&](auto cell, auto v, auto o) {
+  with_operand<products>(layers[0], [&](auto cell, auto v, auto o) {
     StackPass<ForwardPass<decltype(cell), decltype(v), decltype(o)>, Forward>{layers, count, wave}.run(team);
   });
 }
 
-template <bool pairs>
+template <Products products>
 void run_backward_wavefront(const Backward* layers, int count, const Wavefront& wave, const Team& team) {
-  with_operand<pairs>(layers[0], [&](auto cell, auto v, auto o) {
+  with_operand<products>(layers[0], [&](auto cell, auto v, auto o) {
     StackPass<BackwardPass<decltype(cell), decltype(v), decltype(o)>, Backward>{layers, count, wave}.run(team);
   });
 }
 
 // A pass over no steps, for what depends on the sizes of the weights alone.
-template <bool pairs, class F>
+template <Products products, class F>
 void with_weights(const Layer& layer, const F& f) {
   Forward problem;
   static_cast<Layer&>(problem) = layer;
-  with_operand<pairs>(layer, [&](auto cell, auto v, auto o) {
+  with_operand<products>(layer, [&](auto cell, auto v, auto o) {
     ForwardPass<decltype(cell), decltype(v), decltype(o)> pass(problem);
     f(pass);
   });
 }
 
-template <bool pairs>
+template <Products products>
 int64_t run_packed_size(const Layer& layer) {
   int64_t size = 0;
-  with_weights<pairs>(layer, [&](auto& pass) { size = pass.packed_size(); });
+  with_weights<products>(layer, [&](auto& pass) { size = pass.packed_size(); });
   return size;
 }
 
-template <bool pairs>
+template <Products products>
 void run_pack(const Layer& layer, int direction, void* to) {
-  with_weights<pairs>(layer, [&](auto& pass) { pass.pack_direction(direction, static_cast<char*>(to)); });
+  with_weights<products>(layer, [&](auto& pass) { pass.pack_direction(direction, static_cast<char*>(to)); });
 }
+
+#if !defined(FASTRNN_ISA_AMX)
 
 template <class V>
 void activate(int function, const void* from, void* to, int64_t n) {
@@ -140,28 +168,37 @@ void run_activation(int function, Dtype dtype, const void* x, void* y, int64_t n
     activate<f32>(function, x, y, n);
 }
 
-template <bool pairs>
+template <Products products>
 constexpr Kernels make_table(const char* isa) {
   return {isa,
+          true,
           f32::lanes,
           fma_chains,
-          run_forward<pairs>,
-          run_backward<pairs>,
-          run_forward_wavefront<pairs>,
-          run_backward_wavefront<pairs>,
-          run_packed_size<pairs>,
-          run_pack<pairs>,
+          run_forward<products>,
+          run_backward<products>,
+          run_forward_wavefront<products>,
+          run_backward_wavefront<products>,
+          run_packed_size<products>,
+          run_pack<products>,
           run_activation,
           run_limit};
 }
+
+#else
+#include "tiled.h"
+#endif
 
 }  // namespace
 
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
-const Kernels table = make_table<false>(FASTRNN_NAME(FASTRNN_NAMESPACE));
-#if defined(FASTRNN_ISA_AVX512)
-const Kernels table_bf16 = make_table<true>(FASTRNN_NAME(FASTRNN_NAMESPACE) "_bf16");
+#if defined(FASTRNN_ISA_AMX)
+const Kernels table = make_table();
+#else
+const Kernels table = make_table<Products::singles>(FASTRNN_NAME(FASTRNN_NAMESPACE));
+#endif
+#if defined(FASTRNN_ISA_AVX512) && !defined(FASTRNN_ISA_AMX)
+const Kernels table_bf16 = make_table<Products::pairs>(FASTRNN_NAME(FASTRNN_NAMESPACE) "_bf16");
 #endif
 
 }  // namespace fastrnn::FASTRNN_NAMESPACE

@@ -76,6 +76,18 @@ static int64_t first_block(const Packed<V, G>& m, int64_t i, int64_t n) {
   return smaller(share_of(group_count(m), i, n) * Packed<V, G>::U, m.blocks);
 }
 
+// Packs groups [begin, end) as O's products read them.
+template <class O, class V, int G>
+static void pack_groups(const Packed<V, G>& m, const Source& source, const Storage<V>& storage, int64_t begin,
+                        int64_t end, typename V::T* scratch) {
+#ifdef FASTRNN_ISA_AMX
+  if constexpr (O::tiled)
+    pack_tiles<O::pieces>(m, source, storage, begin, end);
+  else
+#endif
+    pack<O>(m, source, storage, begin, end, scratch);
+}
+
 // Packs what the worker at `place` has to: the weights of its own part, divided among the slices.
 template <class O, class V, int G>
 static void pack_share(const Packed<V, G>& m, const Source& source, const Storage<V>& storage, const Split& split,
@@ -83,12 +95,9 @@ static void pack_share(const Packed<V, G>& m, const Source& source, const Storag
   const int64_t groups = group_count(m);
   const int64_t begin = share_of(groups, place.part, split.parts);
   const int64_t all = share_of(groups, place.part + 1, split.parts) - begin;
-  pack<O>(m, source, storage, begin + share_of(all, place.slice, split.slices),
+  pack_groups<O>(m, source, storage, begin + share_of(all, place.slice, split.slices),
           begin + share_of(all, place.slice + 1, split.slices), scratch);
 }
-
-FASTRNN_INLINE const char* bytes(const void* p) { return static_cast<const char*>(p); }
-FASTRNN_INLINE char* bytes(void* p) { return static_cast<char*>(p); }
 
 template <class T>
 FASTRNN_INLINE void zero(T* p, int64_t n) {

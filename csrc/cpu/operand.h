@@ -3,10 +3,21 @@
 // by word, and a packed matrix holds word k of a column where value k would lie. The blocks that a weight gradient is
 // summed from (gradients.h) hold words as well, there of a column's values in neighbouring rows.
 
+struct NoSession {};
+
 template <class V>
 struct Singles {
   using T = typename V::T;
+  using Left = Singles;                       // what the left matrix of a weight gradient lies in
+  using Session = NoSession;                  // what a thread has about it while it works on a pass
+  static constexpr bool tiled = false;        // whether products go through tiles (tiles.h)
+  static constexpr bool keeps_small = false;  // whether rows too small for tiles have to be looked for
+  static constexpr int64_t row_beyond = 0;    // rows of the left matrix that are read past its end
+  static constexpr int64_t row_multiple = 1;  // rows of a weight gradient are padded to
   static constexpr int64_t words(int64_t values) { return values; }
+  static constexpr int64_t stride(int64_t words) { return words; }  // from row to row of the left matrix
+  // Of a column of so many rows, in the blocks that a weight gradient is summed from.
+  static constexpr int64_t row_words(int64_t rows) { return rows; }
   FASTRNN_INLINE V multiply_add(V x, V y, V sum) { return fma(x, y, sum); }
 
   // Whether words say all of the values that are stored.
@@ -34,7 +45,13 @@ struct Singles {
 // out is paired with zero.
 struct Pairs {
   using T = float;
+  using Left = Pairs;
+  using Session = NoSession;
+  static constexpr bool tiled = false, keeps_small = false;
+  static constexpr int64_t row_beyond = 0, row_multiple = 2;
   static constexpr int64_t words(int64_t values) { return (values + 1) / 2; }
+  static constexpr int64_t stride(int64_t words) { return words; }
+  static constexpr int64_t row_words(int64_t rows) { return words(rows); }
   FASTRNN_INLINE f32 multiply_add(f32 x, f32 y, f32 sum) { return dot_pairs(x, y, sum); }
 
   static bool exact(const Storage<f32>& storage) { return storage.dtype == Dtype::bf16; }

@@ -1,5 +1,8 @@
 // How the caller's dtype is read and written: runs of values, or a vector, widened to float or double and narrowed.
 
+FASTRNN_INLINE const char* bytes(const void* p) { return static_cast<const char*>(p); }
+FASTRNN_INLINE char* bytes(void* p) { return static_cast<char*>(p); }
+
 template <class V>
 struct Storage {
   using T = typename V::T;

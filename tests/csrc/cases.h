@@ -136,6 +136,7 @@ struct Case {
 struct Sizes {
   CellKind cell = CellKind::lstm;
   Dtype dtype = Dtype::f64;
+  Precision precision = Precision::exact;
   int64_t T = 1, B = 1, I = 1, H = 1, P = 1;
   int D = 1;
   bool ragged = false, packed = false;
@@ -166,6 +167,7 @@ inline Case random_case(const Sizes& sizes) {
   Layer& p = c.layer;
   p.cell = sizes.cell;
   p.dtype = sizes.dtype;
+  p.precision = sizes.precision;
   p.T = sizes.T;
   p.B = sizes.B;
   p.I = sizes.I;

@@ -6,6 +6,8 @@
 //                         garbage, finite results, tiers agree, one thread and many give the same bits however the work
 //                         is shared out, and where states are written over, as do weights that are kept packed; and N/2
 //                         stacks of layers, one by one and as a wavefront
+//   driver tiles [N]      the same with N layers large enough for AMX's tiles, of every precision: of that tier alone,
+//                         beside scalar; where the machine has none, with an emulator (amx_emulator.cpp) linked in
 // Exits 0 when all holds; else says what failed and exits 1.
 #include <limits>
 
@@ -135,11 +137,20 @@ void test_watched(const Kernels& k, const Case& c, const Results& one, const Res
          describe(c).c_str());
 }
 
-void test_layers(int64_t n) {
-  const Kernels* tables[8];
-  const int count = available(tables);
+// How far two results may be apart, in norm. Rounding a 16-bit state or a sign near relu's kink may fall either way, and
+// is carried on from there.
+double bound(const Layer& p) {
+  if (p.dtype == Dtype::f64) return 1e-12;
+  if (p.dtype != Dtype::f32 || p.precision == Precision::bf16) return 0.3;
+  return p.precision == Precision::tf32 ? 0.01 : 1e-4;
+}
+
+// n random layers of such sizes by each of the tables; the first is what the others are compared with.
+template <class F>
+void test_layers(int64_t n, const std::vector<const Kernels*>& tables, const F& sizes) {
+  const int count = int(tables.size());
   for (int64_t i = 0; i < n; ++i) {
-    Case c = random_case(random_sizes(false));
+    Case c = random_case(sizes());
     Results first;
     for (int k = 0; k < count; ++k) {
       Results one = run(*tables[k], c, threads(1));
@@ -163,9 +174,7 @@ void test_layers(int64_t n) {
           difference += (x - y) * (x - y);
           norm += y * y;
         }
-        // Rounding a 16-bit state or a sign near relu's kink may fall either way, and is carried on from there.
-        const double bound = c.layer.dtype == Dtype::f64 ? 1e-12 : c.layer.dtype == Dtype::f32 ? 1e-4 : 0.3;
-        EXPECT(std::sqrt(difference / norm) <= bound, "%s result %d is %g from scalar: %s", tables[k]->isa, b,
+        EXPECT(std::sqrt(difference / norm) <= bound(c.layer), "%s result %d is %g from scalar: %s", tables[k]->isa, b,
                std::sqrt(difference / norm), describe(c).c_str());
       }
       if (k == 0) first = std::move(one);
@@ -248,16 +257,52 @@ void test_stack(const Kernels& k, Case& c) {
              describe(c).c_str());
 }
 
-void test_stacks(int64_t n) {
-  const Kernels* tables[8];
-  const int count = available(tables);
+template <class F>
+void test_stacks(int64_t n, const std::vector<const Kernels*>& tables, const F& sizes) {
   for (int64_t i = 0; i < n;) {
-    Case c = random_case(random_sizes(false));
+    Case c = random_case(sizes());
     if (c.layer.D == 2 || c.layer.first_row) continue;
-    for (int k = 0; k < count; ++k) test_stack(*tables[k], c);
+    for (const Kernels* table : tables) test_stack(*table, c);
     ++i;
   }
-  std::printf("%ld stacks, %d tiers\n", long(n), count);
+  std::printf("%ld stacks, %zu tiers\n", long(n), tables.size());
+}
+
+std::vector<const Kernels*> all_tables() {
+  const Kernels* tables[8];
+  const int count = available(tables);
+  return {tables, tables + count};
+}
+
+void test_layers(int64_t n) {
+  const auto sizes = [] { return random_sizes(false); };
+  test_layers(n, all_tables(), sizes);
+  test_stacks(n / 2, all_tables(), sizes);
+}
+
+// ------------------------------------------------------------------------------------------------------------ tiles
+
+// Defined by the emulator; so many products of tiles by now, if `kind` is 5.
+extern "C" __attribute__((weak)) long fastrnn_amx_count(int kind);
+
+void test_tiles(int64_t n) {
+  const std::vector<const Kernels*> all = all_tables();
+  EXPECT(!std::strcmp(all.back()->isa, "amx"), "the widest tier here is %s", all.back()->isa);
+  const auto sizes = [] {
+    Sizes s = random_sizes(false);
+    s.dtype = integer(0, 2) ? Dtype::f32 : Dtype::bf16;
+    s.precision = Precision(integer(0, 2));
+    const int64_t few = integer(0, 2) ? 40 : 70;
+    s.B = integer(8, few);
+    s.H = s.P = integer(32, few + 32);
+    if (s.cell == CellKind::lstm && integer(0, 3) == 0) s.P = integer(1, s.H - 1);
+    s.T = 128 / s.B + integer(1, 8);
+    return s;
+  };
+  const std::vector<const Kernels*> tables = {all.front(), all.back()};
+  test_layers(n, tables, sizes);
+  test_stacks(n / 4, {all.back()}, sizes);
+  EXPECT(fastrnn_amx_count == nullptr || fastrnn_amx_count(5) > 1000 * n, "tiles were hardly used");
 }
 
 // --------------------------------------------------------------------------------------------------------- gradient
@@ -324,9 +369,11 @@ int main(int argc, char** argv) {
   else if (what == "gradient")
     test_gradient(n > 0 ? n : 60);
   else if (what == "layers")
-    test_layers(n > 0 ? n : 100), test_stacks(n > 0 ? n / 2 : 50);
+    test_layers(n > 0 ? n : 100);
+  else if (what == "tiles")
+    test_tiles(n > 0 ? n : 100);
   else
-    return std::printf("usage: driver ulp | gradient | layers [N]\n"), 2;
+    return std::printf("usage: driver ulp | gradient | layers | tiles [N]\n"), 2;
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures ? 1 : 0;
 }
