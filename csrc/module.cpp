@@ -6,6 +6,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <optional>
 #include <string>
@@ -125,9 +126,11 @@ const CellTraits& find_cell(const std::string& name) {
 // How layers on top of each other, which differ in the width of their input alone, would be shared out among `threads`
 // threads: each by itself, and all of them as a wavefront. kept: with weights that are packed already.
 py::dict split_of(const std::string& name, bool float64, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
-                  int threads, int layers, bool kept) {
+                  int threads, int layers, bool kept, bool bfloat16, int precision) {
   Layer layer;
-  layer.cell = find_cell(name).kind, layer.dtype = float64 ? Dtype::f64 : Dtype::f32;
+  layer.cell = find_cell(name).kind;
+  layer.dtype = float64 ? Dtype::f64 : bfloat16 ? Dtype::bf16 : Dtype::f32;
+  layer.precision = static_cast<Precision>(precision);
   layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.D = D;
   if (kept) layer.weights[0].packed = &layer;  // that there are some is all the plan asks
   Layer upper = layer;
@@ -179,9 +182,14 @@ void activation(const std::string& function, const std::string& dtype, uintptr_t
                        reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n);
 }
 
-// What the tier in use reaches on the calling thread, in about 20 ms: "fma" in GF/s, "load" in GB/s over `bytes`.
+// What the tier in use reaches on the calling thread, in about 20 ms: "fma" and "tiles" (products of bfloat16) in GF/s,
+// "load" in GB/s over `bytes`.
 double limit(const std::string& what, int64_t bytes) {
-  if (what != "fma" && what != "load") throw py::value_error("what: expected 'fma' or 'load', got '" + what + "'");
+  if (what != "fma" && what != "load" && what != "tiles")
+    throw py::value_error("what: expected 'fma', 'load' or 'tiles', got '" + what + "'");
+  const bool tiles = what == "tiles";
+  if (tiles && std::strcmp(current().isa, "amx"))
+    throw py::value_error(std::string("what: 'tiles' are of the tier amx, in use is ") + current().isa);
   if (what == "load" && bytes <= 0)
     throw py::value_error("bytes: expected at least 1 for 'load', got " + std::to_string(bytes));
   const py::gil_scoped_release others_run;  // so that one Python thread for each core measures them all at once
@@ -190,11 +198,13 @@ double limit(const std::string& what, int64_t bytes) {
   const int64_t line = 8 * kernels.float_lanes, n = load ? std::max<int64_t>(bytes / 4 / line, 1) * line : 0;
   const std::vector<float> memory(n + 16, 1.0f);  // room to begin at a cache line: no load crosses two
   const float* data = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / 4;
-  const double work = load ? 4.0 * double(n) : 2.0 * kernels.float_lanes * kernels.fma_chains;
+  const double work = load    ? 4.0 * double(n)
+                      : tiles ? 4 * 2.0 * 16 * 16 * 32
+                              : 2.0 * kernels.float_lanes * kernels.fma_chains;
   volatile double used = 0;
   const auto seconds = [&](int64_t repeats) {
     const auto begin = std::chrono::steady_clock::now();
-    used = used + kernels.limit(load, data, n, repeats);
+    used = used + kernels.limit(tiles ? 2 : load, data, n, repeats);
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   };
   int64_t repeats = 1;
@@ -222,6 +232,7 @@ PYBIND11_MODULE(_C, m) {
         "model's choice).");
   m.def("split", &split_of, py::arg("cell"), py::arg("float64"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("D"), py::arg("threads"), py::arg("layers") = 1, py::arg("kept") = false,
+        py::arg("bfloat16") = false, py::arg("precision") = 0,
         "How a layer would be shared out, forward: directions side by side, slices of rows, parts of hidden units, "
         "whether its input is projected ahead; the limit; and into how many groups so many layers for a wavefront.");
   m.def("gpu_plan", &gpu_plan, py::arg("cell"), py::arg("dtype"), py::arg("tf32"), py::arg("backward"), py::arg("T"),
@@ -232,7 +243,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_workspace", &release_workspace, "Gives that memory back; returns how many bytes it was.");
   m.def("activation", &activation, py::arg("function"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"),
         "Applies sigmoid or tanh of the tier in use to n values at address x, into address y; for the tests.");
-  m.def("limit", &limit, py::arg("what"), py::arg("bytes") = 0,
-        "The most one thread reaches here: 'fma' in GF/s, 'load' in GB/s over a buffer of that many bytes.");
+  m.def(
+      "limit", &limit, py::arg("what"), py::arg("bytes") = 0,
+      "The most one thread reaches here: 'fma' in GF/s, 'load' in GB/s over a buffer of that many bytes, 'tiles' (amx "
+      "alone) in GF/s of bfloat16.");
   m.def("cells", &cells, "The cells and how their pre-activations are laid out (csrc/cells.h).");
 }

@@ -279,7 +279,7 @@ def measure_and_report(args: argparse.Namespace, chosen: list[workloads.Workload
         )
         print(f"Figure: {paths['figure']}")
     if found is not None and rows:
-        roofline.draw(rows, found, f"fastrnn under the limits of {where}", paths["roofline"])
+        roofline.draw(rows, found, f"fastrnn under the limits of {where}", paths["roofline"], args.dtype)
         print(f"Roofline: {paths['roofline']}")
     if paths["json"]:
         everything = {

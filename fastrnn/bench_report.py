@@ -210,6 +210,8 @@ def print_summary(rows: list[dict]) -> None:
 
 def print_limits(rows: list[dict], found: dict) -> None:
     lines = [["fma", f"{found['fma']:.1f} GF/s", ""]]
+    if found["tiles"]:
+        lines.append(["tiles (bfloat16)", f"{found['tiles']:.1f} GF/s", ""])
     for level in found["levels"]:
         size = f"{level['bytes'] / 1024:,.0f} KiB" if level["bytes"] else ""
         lines.append([level["name"], f"{level['bandwidth']:.1f} GB/s", size])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastrnn import _C, cells, frozen, functional, modules
+from fastrnn.ops import TF32
 from fastrnn.plan import DENSE, EXACT, KERNEL, PACKED, STEP, TORCH, TRANSFORMED, Route, fp32_precision, plan, precision
 
 
@@ -98,7 +99,8 @@ def _found(
 ) -> dict:
     T, B, I, H = (sizes[name] for name in "TBIH")
     P, D = sizes.get("P", H), sizes.get("D", 1)
-    return _C.split(cell, dtype == torch.float64, T, B, I, H, P, D, threads, layers, kept)
+    narrow = dtype == torch.bfloat16
+    return _C.split(cell, dtype == torch.float64, T, B, I, H, P, D, threads, layers, kept, narrow, precision(dtype))
 
 
 def _on_gpu(cell: str, dtype: torch.dtype, sizes: dict[str, int], device: torch.device) -> str:
@@ -127,6 +129,8 @@ def _precision(work: torch.dtype, on_gpu: bool) -> str:
     """What comes of torch's switch for the precision of RNNs, when it does not ask for all of float32."""
     if on_gpu:
         return "" if precision(work, True) == EXACT else f"; its products are of numbers rounded to {_TF32}"
+    if precision(work) == TF32:
+        return "; its products are of two bfloat16 for a number (torch.backends.mkldnn.rnn.fp32_precision)"
     if precision(work) != EXACT:
         return "; its products are of numbers rounded to bfloat16 (torch.backends.mkldnn.rnn.fp32_precision)"
     if work is torch.float32 and fp32_precision() in ("tf32", "bf16"):

@@ -141,7 +141,10 @@ def fp32_precision(on_gpu: bool = False) -> str:
 
 
 def _precision() -> int:
-    return BF16 if fp32_precision() == "bf16" and _C.isa() == "avx512_bf16" else EXACT
+    asked = fp32_precision()
+    if asked == "bf16" and _C.isa() in ("avx512_bf16", "amx"):
+        return BF16
+    return TF32 if asked == "tf32" and _C.isa() == "amx" else EXACT
 
 
 def _gpu_precision() -> int:

@@ -1,8 +1,9 @@
 """What this machine can do at most, and how near each workload comes to it: `python -m fastrnn bench --roofline`.
 
 A step of a recurrent network reads all recurrent weights again, so operations per byte of those weights decide which
-limit holds: few rows are bound by the bandwidth of the cache that holds the weights, many by the rate of fma. Both are
-measured here, in the process that runs the workloads and on as many threads (_C.limit, csrc/cpu/roofline.h).
+limit holds: few rows are bound by the bandwidth of the cache that holds the weights, many by the rate of fma, or of
+AMX's tiles where they are in use. All are measured here, in the process that runs the workloads and on as many threads
+(_C.limit, csrc/cpu/roofline.h).
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def on_all_threads(what: str, size: int, threads: int) -> float:
 
 
 def limits() -> dict:
-    """{"fma": GF/s, "levels": [{"name", "bytes" held for all threads, "bandwidth" in GB/s}, ...]}, nearest first."""
+    """{"fma": GF/s, "tiles": GF/s of bfloat16 or None, "levels": [{"name", "bytes" held for all threads, "bandwidth" in
+    GB/s}, ...]}, nearest first."""
     threads = torch.get_num_threads()
     levels, below = [], 0
     for cache in caches():
@@ -94,7 +96,14 @@ def limits() -> dict:
     if levels:
         part = min(2 * levels[-1]["bytes"], LARGEST) // threads
         levels.append({"name": "memory", "bytes": None, "bandwidth": on_all_threads("load", part, threads)})
-    return {"fma": on_all_threads("fma", 0, threads), "levels": levels}
+    tiles = on_all_threads("tiles", 0, threads) if _C.isa() == "amx" else None
+    return {"fma": on_all_threads("fma", 0, threads), "tiles": tiles, "levels": levels}
+
+
+def peak(found: dict, dtype: str) -> tuple[float, str]:
+    """The rate of the fastest products of that dtype in GF/s, and their name. Six of bfloat16 make one of float32."""
+    tiles = (found["tiles"] or 0) / (6 if dtype == "float32" else 1)
+    return (tiles, "tiles") if tiles > found["fma"] else (found["fma"], "fma")
 
 
 def intensity(row: dict, mode: str, dtype: str) -> tuple[float, float]:
@@ -116,7 +125,8 @@ def add_shares(rows: list[dict], found: dict, dtype: str) -> None:
             if mode in row:
                 per_byte, size = intensity(row, mode, dtype)
                 level = level_of(size, found)
-                roof = min(found["fma"], per_byte * level["bandwidth"]) if level else found["fma"]
+                rate, _ = peak(found, dtype)
+                roof = min(rate, per_byte * level["bandwidth"]) if level else rate
                 row[mode]["roof"] = {
                     "gflops": roof,
                     "share": row[mode]["gflops"]["fastrnn"] / roof,
@@ -125,7 +135,7 @@ def add_shares(rows: list[dict], found: dict, dtype: str) -> None:
                 }
 
 
-def draw(rows: list[dict], found: dict, title: str, path: Path) -> None:
+def draw(rows: list[dict], found: dict, title: str, path: Path, dtype: str = "float32") -> None:
     """The roofs, and every workload under them in the colour of the nearest level that holds its recurrent weights."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -151,15 +161,17 @@ def draw(rows: list[dict], found: dict, title: str, path: Path) -> None:
     left = min([x for x, _ in points] + [0.25]) / 1.5
     right = max([x for x, _ in points] + [64]) * 1.5
     low = min([y for _, y in points] + [found["fma"] / 20]) / 1.6
-    axes.axhline(found["fma"], color="#212529", linewidth=1.6)
-    axes.annotate(f"fma {found['fma']:.0f} GF/s", (right, found["fma"]), (-4, 4), textcoords="offset points",
-                  ha="right", fontsize=9)  # fmt: skip
+    rate, name = peak(found, dtype)
+    for top, products in {found["fma"]: "fma", rate: name}.items():
+        axes.axhline(top, color="#212529", linewidth=1.6, linestyle="-" if top == rate else "--")
+        axes.annotate(f"{products} {top:.0f} GF/s", (right, top), (-4, 4), textcoords="offset points", ha="right",
+                      fontsize=9)  # fmt: skip
     for level in found["levels"]:
-        ridge = found["fma"] / level["bandwidth"]
+        ridge = rate / level["bandwidth"]
         colour = COLOURS.get(level["name"], "#495057")
-        axes.plot([left, ridge], [left * level["bandwidth"], found["fma"]], color=colour, linewidth=1.4)
+        axes.plot([left, ridge], [left * level["bandwidth"], rate], color=colour, linewidth=1.4)
     axes.set_xlim(left, right)
-    axes.set_ylim(low, found["fma"] * 1.7)
+    axes.set_ylim(low, rate * 1.7)
     axes.set_xlabel("operations per byte of recurrent weights")
     axes.set_ylabel("GF/s")
     place = "colour: the nearest level that holds the recurrent weights of a layer"

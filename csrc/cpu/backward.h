@@ -53,6 +53,7 @@ struct BackwardPass {
     T* by_rows;  // [S * blocks][Rl][W] the same for the gradients of weights
     T* h_prev;   // [out_blocks][Rw][W] the state that entered each step
     T* x;        // [in_blocks][Rw][W]
+    T* x_back;   // [R] of inputs too small for tiles, which are scaled: what undoes that
     T* dh_out;   // [out_blocks][Rl][W] gradient of the projected state
     T* h_raw;    // [blocks][Rw][W] o tanh(c), before the projection
   };
@@ -103,16 +104,16 @@ struct BackwardPass {
     Watch<Cell, V>* watch;  // null: nobody watches
     double* watched;        // [D][2][most_steps][columns] a chunk's steps, those of the chunk before
     // By tiles.
-    T* loose;      // [loose_w] a row of dgates, as values
-    T* split;      // [2 tiles of rows][chain_w] rows of dgates, as words
-    T* left;       // the left operand of a weight gradient
-    bool* small;   // [rows]
+    T* loose;     // [loose_w] a row of dgates, as values
+    T* split;     // [2 tiles of rows][chain_w] rows of dgates, as words
+    T* left;      // the left operand of a weight gradient
+    bool* small;  // [rows]
   };
 
   explicit BackwardPass(const Backward& backward) : p(backward) {}
 
   void run(const Team& team) {
-    split = choose_split(p, true, traits_of<Cell>(), team.size, W, int(sizeof(T)), Packed<V, 1>::U);
+    split = choose_split(p, true, traits_of<Cell>(), team.size, units_of<V, O>(Packed<V, 1>::U));
     Workspace workspace;
     lay_out(nullptr);
     lay_out(static_cast<char*>(workspace.reserve(size_t(layout_size))));
@@ -195,6 +196,7 @@ struct BackwardPass {
       b.by_rows = twice ? piece(wanted.w_ih || wanted.w_hh || wanted.b_ih || wanted.b_hh, S * blocks, Rl) : b.dgates;
       b.h_prev = piece(wanted.w_hh || p.operands.h_prev, out_blocks, Rw);
       b.x = piece(wanted.w_ih, in_blocks, Rw);
+      b.x_back = O::keeps_small && b.x ? carve.take<T>(R) : nullptr;
       b.dh_out = piece(wanted.w_hr || p.operands.dh_out, out_blocks, Rl);
       b.h_raw = piece(wanted.w_hr || p.operands.h_raw, blocks, Rw);
       if (memory) buffers[i] = b;
@@ -433,7 +435,7 @@ struct BackwardPass {
     const int64_t carried = any ? w.slice.active(p, from) : 0;
     find_rows(w, s, k, from, carried);
     if constexpr (O::tiled)
-      this->tiled_carry(w, s, from, carried);
+      tiled_carry(w, s, from, carried);
     else
       vector_carry(w, s, carried);
     if (w.watch && !projected && k < chunks) end_watched_step(w, s, k);
@@ -480,53 +482,14 @@ struct BackwardPass {
       for (int v = 0; v < count; ++v) receive(w, s, i, block + v, V::load(s.state.dh_n + i * Pp + (block + v) * W));
   }
 
-#ifdef FASTRNN_ISA_AMX
-  // carry() by tiles: of the chain's words instead of the buffer's values, but for rows too small for them.
-  void tiled_carry(Worker& w, const Step& s, int64_t from, int64_t carried) {
-    if constexpr (O::keeps_small) {
-      zero(s.state.peaks[s.t & 1] + w.part * longest * W, s.now * W);
-      for (int64_t i = 0; i < carried; ++i) {
-        V most = V::set(0);
-        for (int part = 0; part < split.parts; ++part)
-          most = max(most, V::load(s.state.peaks[from & 1] + (part * longest + i) * W));
-        w.small[i] = is_small(most);
-      }
-    }
-    over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
-      constexpr int U = decltype(u)::value;
-      const T* tiles = w_hh[s.d].data + block * W * G * Hw;
-      const T* words = s.state.chain[from & 1];
-      const int64_t depth = G * O::chunks(p.H);
-      over_tiled_rows<O::pieces, U>(0, carried, words, chain_w, tiles, depth, [&](int64_t i, V (&sum)[U]) {
-        if (O::keeps_small && w.small[i]) {
-          load_dgates(w.rows[i].dgates, w.loose);
-          single_row<O::pieces>(sum, w.loose, tiles, depth);
-        }
-        for (int v = 0; v < U; ++v) arrive(w, s, i, block + v, sum[v]);
-      });
-      begin_rows(w, s, carried, block, U);
-    });
-  }
-
-  FASTRNN_MEMBER void put_in_chain(const Worker& w, const Step& s, int64_t i, int64_t unit, const V (&da)[S]) const {
-    for (int k = 0; k < G; ++k) O::store(da[k], s.state.chain[s.t & 1] + i * chain_w + k * Hw, unit, p.H - unit);
-    if constexpr (O::keeps_small) {
-      T* peak = s.state.peaks[s.t & 1] + (w.part * longest + i) * W;
-      V most = V::load(peak);
-      for (int k = 0; k < G; ++k) most = max(most, absolute(first_lanes(da[k], p.H - unit)));
-      most.store(peak);
-    }
-  }
-
-  // The dgates of G slots of a buffer's row as one row of values, each slot padded to chunks.
-  void load_dgates(const T* dgates, T* to) const {
-    const int64_t padded = loose_w / G;
-    zero(to, loose_w);
-    for (int g = 0; g < G; ++g)
-      for (int64_t block = 0; block < blocks; ++block)
-        first_lanes(V::load(dgates + (g * blocks + block) * R * W), p.H - block * W).store(to + g * padded + block * W);
-  }
-#endif
+  // By tiles: tiled_passes.h.
+  void tiled_carry(Worker& w, const Step& s, int64_t from, int64_t carried);
+  void put_in_chain(const Worker& w, const Step& s, int64_t i, int64_t unit, const V (&da)[S]) const;
+  void load_dgates(const T* dgates, T* to) const;
+  template <class F>
+  T scale_input(const F& vector, T& back) const;
+  template <class F>
+  void tiled_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const;
 
   FASTRNN_MEMBER void put_first(V x, void* to, int64_t at, int64_t n) const {
     Storage<V>::store(state_storage, x, bytes(to) + at * state_storage.size, n);
@@ -653,7 +616,7 @@ struct BackwardPass {
       O::Left::store(da[k], s.buffer.dgates + ((k * blocks + block) * R + at) * Ww, 0, p.H - unit);
       if (twice && s.buffer.by_rows) put(da[k], s.buffer.by_rows, k * blocks + block, at);
     }
-    if constexpr (O::tiled) this->put_in_chain(w, s, i, unit, da);
+    if constexpr (O::tiled) put_in_chain(w, s, i, unit, da);
     if (Cell::bypass) dh.store(s.state.bypass + i * Hp + unit);
     if (!Cell::has_c) return;
     if (row.cut) {
@@ -727,70 +690,14 @@ struct BackwardPass {
   int first_direction(int round) const { return split.directions == 2 ? 0 : round; }
   int end_direction(int round) const { return split.directions == 2 ? 2 : round + 1; }
 
-  void gather_x(int64_t worker, int round, int64_t k) {
-    for (int d = first_direction(round); d < end_direction(round); ++d) {
-      if (worker == 0) clear_padding_rows(d, k);
-      T* to = buffers[2 * d + (k & 1)].x;
-      if (to == nullptr) continue;
-      over_chunk_rows(worker, chunk(d, k), [&](int64_t row, int64_t t, int64_t b) {
-        const char* from = bytes(p.x.data) + row_offset(p, p.x, t, b) * storage.size;
-        for (int64_t j = 0; j < in_blocks; ++j)
-          put(Storage<V>::load(storage, from + j * W * storage.size, p.I - j * W), to, j, row);
-      });
-    }
-  }
+  void gather_x(int64_t worker, int round, int64_t k);
 
-  // The rows of right operands that pair the last ones, or fill up a tile, are zero; so are pairs of left ones.
-  void clear_padding_rows(int d, int64_t k) const {
-    const Buffer& b = buffers[2 * d + (k & 1)];
-    const int64_t rows = rows_of(chunk(d, k));
-    const auto clear_rows = [&](T* piece, int64_t columns) {
-      for (int64_t row = rows; piece && row < round_up(rows, O::row_multiple); ++row)
-        for (int64_t j = 0; j < columns; ++j) put(V::set(0), piece, j, row);
-    };
-    if (twice) {
-      clear_rows(b.by_rows, S * blocks);
-      clear_rows(b.dh_out, out_blocks);
-    }
-    clear_rows(b.h_prev, out_blocks);
-    clear_rows(b.x, in_blocks);
-    clear_rows(b.h_raw, blocks);
-  }
+  void clear_padding_rows(int d, int64_t k) const;
 
-  // Calls f(sum) for every sum that the chunk in `b` contributes to; rows in words.
   template <class F>
-  void over_sums(int d, const Buffer& b, int64_t rows, const F& f) const {
-    using Sum = typename GradientTasks<V, O>::Sum;
-    const auto& to = p.gradients[d];
-    const auto at = [](void* result, int64_t values) { return result ? static_cast<T*>(result) + values : nullptr; };
-    for (int g = 0; g < G; ++g)
-      f(Sum{b.by_rows + (X + g) * blocks * Rl * W, p.H, Rl, b.x, p.I, Rw, rows, at(to.w_ih, g * p.H * p.I),
-            at(to.b_ih, g * p.H)});
-    for (int s = 0; s < G; ++s) {
-      const int g = Cell::hidden_gate[s];
-      f(Sum{b.by_rows + s * blocks * Rl * W, p.H, Rl, b.h_prev, p.P, Rw, rows, at(to.w_hh, g * p.H * p.P),
-            at(to.b_hh, g * p.H)});
-    }
-    f(Sum{b.dh_out, p.P, Rl, b.h_raw, p.H, Rw, rows, at(to.w_hr, 0), nullptr});
-  }
+  void over_sums(int d, const Buffer& b, int64_t rows, const F& f) const;
 
-  void reduce(int64_t worker, int round, int64_t k) {
-    for (int d = first_direction(round); d < end_direction(round); ++d) {
-      const Buffer& b = buffers[2 * d + (k & 1)];
-      const int64_t c = chunk(d, k), rows = O::Left::row_words(rows_of(c));
-      // A worker gets the tasks that begin in its part of the whole cost.
-      int64_t all = 0, done = 0;
-      over_sums(d, b, rows, [&](const auto& sum) { all += sum.cost(); });
-      const int64_t begin = share_of(all, worker, split.workers), end = share_of(all, worker + 1, split.workers);
-      over_sums(d, b, rows, [&](const auto& sum) {
-        for (int64_t i = 0, n = sum.tasks(); i < n; done += sum.cost_of(i++))
-          if (done >= begin && done < end) GradientTasks<V, O>::run(sum, i, k == 0, workers[worker].left);
-      });
-      if (p.dx.data) input_gradient(worker, d, k, c, b);
-      hand_out(worker, d, c, b);
-      if (p.watched && !alone()) sum_watched(worker, round, d, k);
-    }
-  }
+  void reduce(int64_t worker, int round, int64_t k);
 
   // What is handed out of a chunk (problem.h: operands).
   struct Operand {
@@ -814,88 +721,10 @@ struct BackwardPass {
     return static_cast<T*>(o.to) + (d * rows + row) * o.slots * o.units;
   }
 
-  // This worker's share of a chunk's operands.
-  void hand_out(int64_t worker, int d, int64_t c, const Buffer& buffer) const {
-    if constexpr (twice || O::tiled) return;  // single values alone are handed out
-    over_operands([&](const Operand& o) {
-      const int64_t per_slot = ceil_div(o.units, W);
-      over_chunk_rows(worker, c, [&](int64_t row, int64_t t, int64_t b) {
-        T* to = operand_row(o, d, t, b);
-        for (int64_t j = 0; j < o.slots * per_slot; ++j) {
-          const int64_t unit = j % per_slot * W, n = smaller(W, o.units - unit);
-          V::load(buffer.*o.from + (j * o.ld + row) * W).store(to + j / per_slot * o.units + unit, int(n));
-        }
-      });
-    });
-  }
+  void hand_out(int64_t worker, int d, int64_t c, const Buffer& buffer) const;
 
-  // dx of this worker's share of a chunk's rows: dgates W_ih, added to the other direction's if that was here before.
-  void input_gradient(int64_t worker, int d, int64_t k, int64_t c, const Buffer& b) {
-    const Worker& w = workers[worker];
-    int64_t first = -1, count = 0;
-    over_chunk_rows(worker, c, [&](int64_t row, int64_t t, int64_t at) {
-      if (first < 0) first = row;
-      w.dx[count++] = dx_row(t, at);
-    });
-    // Side by side, the directions come from both ends and meet in the middle, where direction 0 goes first.
-    const bool add = p.D == 2 && (split.directions == 1 ? d == 1 : d == 0 ? c < k : chunks - 1 - c <= k);
-    const T* dgates = b.dgates + (X * blocks * R + first) * Ww;
-    const Storage<V> out(p.dx_is_compute && p.dtype != Dtype::f64 ? Dtype::f32 : p.dtype);
-    const auto put_dx = [&](int64_t i, int64_t block, V x) {
-      const int64_t column = block * W, n = p.I - column;
-      char* to = w.dx[i] + column * out.size;
-      if (add) x = Storage<V>::load(out, to, n) + x;
-      Storage<V>::store(out, x, to, n);
-    };
-    if constexpr (O::tiled)
-      this->tiled_input_gradient(w, d, count, dgates, put_dx);
-    else
-      vector_input_gradient(w, d, count, dgates, put_dx);
-  }
+  void input_gradient(int64_t worker, int d, int64_t k, int64_t c, const Buffer& b);
 
   template <class F>
-  void vector_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const {
-    over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
-      constexpr int U = decltype(u)::value;
-      const T* group = nullptr;
-      if (!in_place || (block + U) * W > p.I)
-        group = group_at<O>(w_ih[d], source_ih(d), storage, block, U, w.panel, static_cast<T*>(nullptr));
-      over_even_rows<tile_rows<U>>(0, count, [&](auto m, int64_t i) {
-        constexpr int M = decltype(m)::value;
-        V sum[M][U];
-        const T* left[M];
-        for (int r = 0; r < M; ++r) left[r] = dgates + (i + r) * Ww;
-        multiply_dgates(sum, left, group, source_ih(d), block);
-        for (int r = 0; r < M; ++r)
-          for (int v = 0; v < U; ++v) put_dx(i + r, block + v, sum[r][v]);
-      });
-    });
-  }
-
-#ifdef FASTRNN_ISA_AMX
-  // The same by tiles, two of rows at a time. Small rows are scaled before they are cut into pieces.
-  template <class F>
-  void tiled_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const {
-    constexpr int64_t most = 2 * O::row_beyond;
-    const int64_t depth = G * O::chunks(p.H);
-    for (int64_t first = 0; first < count; first += most) {
-      const int64_t n = smaller(most, count - first);
-      T back[most];
-      for (int64_t r = 0; r < n; ++r) {
-        load_dgates(dgates + (first + r) * W, w.loose);
-        const Scale scale(O::keeps_small ? largest_of(w.loose, loose_w) : V::set(0));
-        for (int64_t unit = 0; unit < loose_w; unit += W)
-          O::store(V::load(w.loose + unit) * V::set(scale.by), w.split + r * chain_w, unit, W);
-        back[r] = scale.back;
-      }
-      over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
-        constexpr int U = decltype(u)::value;
-        const T* tiles = w_ih[d].data + block * W * G * Hw;
-        over_tiled_rows<O::pieces, U>(0, n, w.split, chain_w, tiles, depth, [&](int64_t r, V (&sum)[U]) {
-          for (int v = 0; v < U; ++v) put_dx(first + r, block + v, sum[v] * V::set(back[r]));
-        });
-      });
-    }
-  }
-#endif
+  void vector_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const;
 };

@@ -96,10 +96,7 @@ FASTRNN_EXPORT int available(const Kernels** out) {
   const Kernels* const compiled[] = {
       &scalar::table,
 #ifdef FASTRNN_X86
-      &avx2::table,
-      &avx512::table,
-      &avx512::table_bf16,
-      &amx::table,
+      &avx2::table,   &avx512::table, &avx512::table_bf16, &amx::table,
 #endif
   };
   int n = 0;
@@ -113,29 +110,12 @@ FASTRNN_EXPORT const Kernels& current() {
   return table ? *table : *standard().table;
 }
 
-namespace {
-
-// What the plan wants to know of the kernels: vectors, values, and the vectors of hidden units worked on together.
-struct Units {
-  const CellTraits& cell;
-  int lanes, bytes, group;
-  explicit Units(const Layer& layer)
-      : cell(traits(layer.cell)),
-        lanes(std::max(1, current().float_lanes / (layer.dtype == Dtype::f64 ? 2 : 1))),
-        bytes(layer.dtype == Dtype::f64 ? 8 : 4),
-        group(std::max(1, 4 / cell.gates)) {}
-};
-
-}  // namespace
-
 FASTRNN_EXPORT Split plan_split(const Layer& layer, int threads) {
-  const Units u(layer);
-  return choose_split(layer, false, u.cell, threads, u.lanes, u.bytes, u.group);
+  return choose_split(layer, false, traits(layer.cell), threads, current().units(layer));
 }
 
 FASTRNN_EXPORT Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, bool backward, int threads) {
-  const Units u(first);
-  return choose_wavefront(first, upper, count, backward, u.cell, threads, u.lanes, u.bytes, u.group);
+  return choose_wavefront(first, upper, count, backward, traits(first.cell), threads, current().units(first));
 }
 
 FASTRNN_EXPORT bool force(const char* isa) {

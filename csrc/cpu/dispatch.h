@@ -11,6 +11,8 @@ struct Kernels {
   bool by_default;  // whether it is used unasked
   int float_lanes;  // floats per vector
   int fma_chains;   // vectors that limit(0, ...) works on
+  // What a layer's forward pass is planned by; of the weights it asks for nothing.
+  Units (*units)(const Layer&);
   void (*forward)(const Forward&, const Team&);
   void (*backward)(const Backward&, const Team&);
   // `count` layers as choose_wavefront said: each with the output of the one before as its input; and from the last to

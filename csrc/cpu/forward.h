@@ -43,12 +43,12 @@ struct ForwardPass {
 
   // Of one slice in one direction, shared by its parts.
   struct State {
-    T* h[2];     // [rows][Pp] as words: the state that enters even, odd steps
-    T* h_raw;    // [rows][Hp] before a projection
+    T* h[2];      // [rows][Pp] as words: the state that enters even, odd steps
+    T* h_raw;     // [rows][Hp] before a projection
     T* h_own[2];  // [rows][own_w] h itself, where the cell or a small row's product reads it and words do not hold it
-    T* c;        // [rows][Hp]
-    T* h_reset;  // [rows][Pp] what h starts from after a cut; null: zero
-    T* c_reset;  // [rows][Hp]
+    T* c;         // [rows][Hp]
+    T* h_reset;   // [rows][Pp] what h starts from after a cut; null: zero
+    T* c_reset;   // [rows][Hp]
   };
 
   // A projected tile.
@@ -81,7 +81,7 @@ struct ForwardPass {
   explicit ForwardPass(const Forward& forward) : p(forward) {}
 
   void run(const Team& team) {
-    split = choose_split(p, false, traits_of<Cell>(), team.size, W, int(sizeof(T)), Packed<V, G>::U);
+    split = choose_split(p, false, traits_of<Cell>(), team.size, units_of<V, O>(Packed<V, G>::U));
     split.workers = split.recurrent() * (split.ahead ? 2 : 1);
     Workspace workspace;
     lay_out(nullptr);
@@ -362,8 +362,8 @@ struct ForwardPass {
   struct Step {
     int d;
     int64_t t;
-    const T* h;  // the state that enters
-    T* h_new;    // the state that leaves
+    const T* h;    // the state that enters
+    T* h_new;      // the state that leaves
     const T* own;  // the same as values (State::h_own)
     T* own_new;
     const State& state;
@@ -461,7 +461,7 @@ struct ForwardPass {
   // gates_x[row] = bias + x[row] W_ih, unit block by unit block, the gates of a block side by side.
   void project_input(const Worker& w, int d, int64_t rows, T* gates_x) const {
     if constexpr (O::tiled)
-      this->tiled_project_input(w, d, rows, gates_x);
+      tiled_project_input(w, d, rows, gates_x);
     else
       vector_project_input(w, d, rows, gates_x);
   }
@@ -490,7 +490,7 @@ struct ForwardPass {
   // Rows [begin, end) of one step, this worker's hidden units.
   void step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const {
     if constexpr (O::tiled)
-      this->tiled_step(w, s, begin, end, gates_x);
+      tiled_step(w, s, begin, end, gates_x);
     else
       vector_step(w, s, begin, end, gates_x);
   }
@@ -517,36 +517,9 @@ struct ForwardPass {
     });
   }
 
-#ifdef FASTRNN_ISA_AMX
-  void tiled_project_input(const Worker& w, int d, int64_t rows, T* gates_x) const {
-    const int64_t ld = (w.last - w.first) * G * W, depth = O::chunks(p.I);
-    over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
-      constexpr int N = decltype(u)::value * G;
-      const T *bias = bias_x[d] + block * G * W, *tiles = w_ih[d].data + block * G * W * Iw;
-      over_tiled_rows<O::pieces, N>(0, rows, w.x, row_x, tiles, depth, [&](int64_t i, V (&sum)[N]) {
-        if (O::keeps_small && w.small_x[i]) {
-          load_row<Singles<V>>(storage, w.from_x[i], 0, p.I, round_up(p.I, 2 * W), w.scratch);
-          single_row<O::pieces>(sum, w.scratch, tiles, depth);
-        }
-        for (int v = 0; v < N; ++v)
-          (sum[v] + V::load(bias + v * W)).store(gates_x + i * ld + ((block - w.first) * G + v) * W);
-      });
-    });
-  }
-
-  void tiled_step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const {
-    if constexpr (O::keeps_small)
-      for (int64_t i = begin; i < end; ++i) w.small_h[i] = is_small(largest_of(s.own + i * own_w, p.P));
-    over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
-      constexpr int blocks = decltype(u)::value, N = blocks * G;
-      const T* tiles = w_hh[s.d].data + block * G * W * Pw;
-      over_tiled_rows<O::pieces, N>(begin, end, s.h, row_w, tiles, O::chunks(p.P), [&](int64_t i, V (&sum)[N]) {
-        if (O::keeps_small && w.small_h[i]) single_row<O::pieces>(sum, s.own + i * own_w, tiles, O::chunks(p.P));
-        apply<blocks>(w, s, begin, i, block, sum, gates_x);
-      });
-    });
-  }
-#endif
+  // By tiles: tiled_passes.h.
+  void tiled_project_input(const Worker& w, int d, int64_t rows, T* gates_x) const;
+  void tiled_step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const;
 
   // One row, two neighbouring groups from `block` on.
   FASTRNN_MEMBER void step_pair(const Worker& w, const Step& s, int64_t row, int64_t block, const T* gates_x) const {

@@ -38,9 +38,10 @@ struct GradientTasks {
     const T* right;   // blocks as well, each [right_ld][W]
     int64_t columns;
     int64_t right_ld;
-    int64_t rows;  // to add up, in words of left
-    T* weight;     // [units][columns]
-    T* bias;       // [units]
+    int64_t rows;         // to add up, in words of left
+    T* weight;            // [units][columns]
+    T* bias;              // [units]
+    const T* right_back;  // [rows] what makes up for the scale of each of right's rows; null: they have none
 
     // A task is one block of units by one group of columns.
     int64_t blocks() const { return ceil_div(units, W); }
@@ -100,70 +101,3 @@ struct GradientTasks {
       }
   }
 };
-
-#ifdef FASTRNN_ISA_AMX
-// The same by tiles: the left operand, values of neighbouring units, is turned round so that a unit is a row, and cut
-// into pieces; the right one lies in tiles already (Tiles::put). A block of units whose values are all small is scaled.
-template <int P>
-struct GradientTasks<f32, Tiles<P>> {
-  using V = f32;
-  using T = float;
-  static constexpr int64_t W = V::lanes;
-
-  struct Sum : GradientTasks<V, Singles<V>>::Sum {
-    // A task is a whole block of units: the left operand is turned round once.
-    int64_t tasks() const { return this->weight || this->bias ? this->blocks() : 0; }
-    int64_t cost_of(int64_t) const { return 4 + this->vectors(); }
-    int64_t cost() const { return tasks() * cost_of(0); }
-  };
-
-  // scratch: room for the left operand's tiles.
-  static void run(const Sum& s, int64_t block, bool first, T* scratch) {
-    const int64_t units = smaller(W, s.units - block * W), chunks = Tiles<P>::chunks(s.rows);
-    const T* left = s.left + block * s.left_ld * W;
-    if (s.bias) add_up<Singles<V>, V>(left, s.rows, units, first, s.bias + block * W);
-    if (s.weight == nullptr) return;
-    V largest = V::set(0);
-    for (int64_t i = 0; Tiles<P>::keeps_small && i < s.rows; ++i)
-      largest = max(largest, absolute(first_lanes(V::load(left + i * W), units)));
-    const Scale scale(largest);
-    for (int64_t c = 0; c < chunks; ++c) {
-      V rows[2][W];
-      for (int64_t i = 0; i < chunk_depth; ++i) {
-        const int64_t row = c * chunk_depth + i;
-        rows[i / W][i % W] = row < s.rows ? V::load(left + row * W) * V::set(scale.by) : V::set(0);
-      }
-      transpose(rows[0]);
-      transpose(rows[1]);
-      for (int64_t unit = 0; unit < W; ++unit) {
-        T* to = scratch + c * P * tile_floats + unit * W;
-        __m256i low[P], high[P];
-        split<P>(rows[0][unit], low);
-        split<P>(rows[1][unit], high);
-        for (int q = 0; q < P; ++q)
-          _mm512_storeu_si512(to + q * tile_floats, _mm512_inserti64x4(_mm512_castsi256_si512(low[q]), high[q], 1));
-      }
-    }
-    over_groups<group_vectors>(0, s.vectors(), [&](auto n, int64_t vector) {
-      multiply<decltype(n)::value>(s, scratch, block, units, vector, chunks, first, scale.back);
-    });
-  }
-
- private:
-  template <int N>
-  static void multiply(const Sum& s, const T* left, int64_t block, int64_t units, int64_t vector, int64_t chunks,
-                       bool first, T back) {
-    constexpr int64_t tile = tile_floats * int64_t(sizeof(T));
-    alignas(64) T out[tile_height * N * W];
-    const TileStrides by{64, tile, 0, tile, s.right_ld * W * int64_t(sizeof(T))};
-    multiply_tiles<P, 1, N>(left, s.right + vector * s.right_ld * W, by, tile_height, chunks, out, N * W);
-    for (int64_t r = 0; r < units; ++r)
-      for (int v = 0; v < N; ++v) {
-        const int64_t column = (vector + v) * W, n = smaller(W, s.columns - column);
-        T* to = s.weight + (block * W + r) * s.columns + column;
-        const V sum = V::load(out + (r * N + v) * W) * V::set(back);
-        (first ? sum : V::load(to, int(n)) + sum).store(to, int(n));
-      }
-  }
-};
-#endif

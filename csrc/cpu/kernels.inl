@@ -1,9 +1,9 @@
 // Instantiates the passes for every cell and compute type into one table for the ISA of the including file.
 //
 // Included with FASTRNN_NAMESPACE (and FASTRNN_ISA_AVX2 or FASTRNN_ISA_AVX512, or with the latter FASTRNN_ISA_AMX) set.
-// With AMX, tables of kernels that go by tiles, and hand what those do not serve to avx512's. Everything but the table lies in an
-// anonymous namespace: no symbol built with wide instructions can be picked by the linker for another tier, and no
-// standard header that defines inline functions is included.
+// With AMX, tables of kernels that go by tiles, and hand what those do not serve to avx512's. Everything but the table
+// lies in an anonymous namespace: no symbol built with wide instructions can be picked by the linker for another tier,
+// and no standard header that defines inline functions is included.
 #include <cstdint>
 #if defined(FASTRNN_ISA_AVX2) || defined(FASTRNN_ISA_AVX512)
 #include <immintrin.h>
@@ -43,6 +43,10 @@ constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #include "gradients.h"
 #include "watch.h"
 #include "backward.h"
+#include "backward_chunk.h"
+#ifdef FASTRNN_ISA_AMX
+#include "tiled_passes.h"
+#endif
 #include "stack.h"
 #ifndef FASTRNN_ISA_AMX
 #include "roofline.h"
@@ -93,6 +97,15 @@ void with_operand(const Layer& layer, const F& f) {
     f(cell, v, Singles<V>{});
   });
 #endif
+}
+
+template <Products products>
+Units plan_units(const Layer& layer) {
+  Units units{};
+  with_operand<products>(layer, [&](auto cell, auto v, auto o) {
+    units = units_of<decltype(v), decltype(o)>(Packed<decltype(v), decltype(cell)::gates>::U);
+  });
+  return units;
 }
 
 template <Products products>
@@ -174,6 +187,7 @@ constexpr Kernels make_table(const char* isa) {
           true,
           f32::lanes,
           fma_chains,
+          plan_units<products>,
           run_forward<products>,
           run_backward<products>,
           run_forward_wavefront<products>,

@@ -64,6 +64,12 @@ struct Slice {
   int64_t dealt(int64_t n) const { return n / slices + (n % slices > turn(n / slices)); }
 };
 
+// What the plan wants to know of a pass.
+template <class V, class O>
+constexpr Units units_of(int group) {
+  return {V::lanes, group, O::weight_bytes, O::speed, O::tiled};
+}
+
 // Packing is shared out by groups.
 template <class V, int G>
 static int64_t group_count(const Packed<V, G>& m) {
@@ -80,11 +86,9 @@ static int64_t first_block(const Packed<V, G>& m, int64_t i, int64_t n) {
 template <class O, class V, int G>
 static void pack_groups(const Packed<V, G>& m, const Source& source, const Storage<V>& storage, int64_t begin,
                         int64_t end, typename V::T* scratch) {
-#ifdef FASTRNN_ISA_AMX
   if constexpr (O::tiled)
-    pack_tiles<O::pieces>(m, source, storage, begin, end);
+    O::pack(m, source, storage, begin, end);
   else
-#endif
     pack<O>(m, source, storage, begin, end, scratch);
 }
 
@@ -96,7 +100,7 @@ static void pack_share(const Packed<V, G>& m, const Source& source, const Storag
   const int64_t begin = share_of(groups, place.part, split.parts);
   const int64_t all = share_of(groups, place.part + 1, split.parts) - begin;
   pack_groups<O>(m, source, storage, begin + share_of(all, place.slice, split.slices),
-          begin + share_of(all, place.slice + 1, split.slices), scratch);
+                 begin + share_of(all, place.slice + 1, split.slices), scratch);
 }
 
 template <class T>

@@ -8,12 +8,14 @@ struct NoSession {};
 template <class V>
 struct Singles {
   using T = typename V::T;
-  using Left = Singles;                       // what the left matrix of a weight gradient lies in
-  using Session = NoSession;                  // what a thread has about it while it works on a pass
-  static constexpr bool tiled = false;        // whether products go through tiles (tiles.h)
-  static constexpr bool keeps_small = false;  // whether rows too small for tiles have to be looked for
-  static constexpr int64_t row_beyond = 0;    // rows of the left matrix that are read past its end
-  static constexpr int64_t row_multiple = 1;  // rows of a weight gradient are padded to
+  using Left = Singles;                                      // what the left matrix of a weight gradient lies in
+  using Session = NoSession;                                 // what a thread has about it while it works on a pass
+  static constexpr bool tiled = false;                       // whether products go through tiles (tiles.h)
+  static constexpr int weight_bytes = int(sizeof(T));        // of a packed weight
+  static constexpr double speed = sizeof(T) == 8 ? 0.5 : 1;  // of products, beside float32's by fma
+  static constexpr bool keeps_small = false;                 // whether rows too small for tiles have to be looked for
+  static constexpr int64_t row_beyond = 0;                   // rows of the left matrix that are read past its end
+  static constexpr int64_t row_multiple = 1;                 // rows of a weight gradient are padded to
   static constexpr int64_t words(int64_t values) { return values; }
   static constexpr int64_t stride(int64_t words) { return words; }  // from row to row of the left matrix
   // Of a column of so many rows, in the blocks that a weight gradient is summed from.
@@ -48,6 +50,8 @@ struct Pairs {
   using Left = Pairs;
   using Session = NoSession;
   static constexpr bool tiled = false, keeps_small = false;
+  static constexpr int weight_bytes = 4;  // planned as float32 is
+  static constexpr double speed = 1;
   static constexpr int64_t row_beyond = 0, row_multiple = 2;
   static constexpr int64_t words(int64_t values) { return (values + 1) / 2; }
   static constexpr int64_t stride(int64_t words) { return words; }

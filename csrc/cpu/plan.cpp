@@ -58,11 +58,12 @@ struct StepCost {
 };
 
 // One step of `rows` rows of a share of `blocks` vectors of hidden units.
-StepCost step_cost(const Layer& p, const CellTraits& cell, double rows, double blocks, int parts, int lanes,
-                   int bytes) {
+StepCost step_cost(const Layer& p, const CellTraits& cell, double rows, double blocks, int parts, const Units& units) {
+  const int lanes = units.lanes;
   const double gates = double(cell.gates) * blocks * lanes;
-  const double rate = (lanes > 1 ? vector_gflops : scalar_gflops) * (bytes == 8 ? 0.5 : 1) * 1e3;  // operations per us
-  const double weights = gates * double(p.P) * bytes, touched = weights + rows * double(p.P) * bytes;
+  const double rate = (lanes > 1 ? vector_gflops : scalar_gflops) * units.speed * 1e3;  // operations per us
+  const double weights = gates * double(p.P) * units.weight_bytes;
+  const double touched = weights + rows * double(p.P) * units.weight_bytes;
   const bool in_l1 = touched < l1_bytes, in_l2 = touched < 0.8 * l2_bytes();
   const double stream = weights / ((in_l1 ? l1_gbs : in_l2 ? l2_gbs : beyond_gbs) * 1e3);
   const double arithmetic = 2 * rows * gates * double(p.P) / rate;
@@ -75,7 +76,7 @@ StepCost step_cost(const Layer& p, const CellTraits& cell, double rows, double b
   const char* limit = largest == wait                            ? "waiting at the barrier"
                       : largest == activations                   ? "activations"
                       : largest == step_us                       ? "a step's bookkeeping"
-                      : largest == input || arithmetic >= stream ? "arithmetic"
+                      : largest == input || arithmetic >= stream ? (units.tiled ? "products of tiles" : "arithmetic")
                       : in_l1                                    ? "streaming the weights from L1"
                       : in_l2                                    ? "streaming the weights from L2"
                                                                  : "streaming the weights from beyond L2";
@@ -121,10 +122,9 @@ FASTRNN_EXPORT bool force_split(const char* name) {
   return false;
 }
 
-Split choose_split(const Layer& p, bool backward, const CellTraits& cell, int threads, int lanes, int value_bytes,
-                   int group_blocks) {
+Split choose_split(const Layer& p, bool backward, const CellTraits& cell, int threads, const Units& units) {
+  const int lanes = units.lanes, group = units.group;
   const double blocks = std::ceil(double(p.H) / lanes);
-  const int group = group_blocks;
   const int most_parts = int(std::max(1.0, std::ceil(blocks / group)));
   const double B = double(p.B), T = double(p.T);
   const auto can_be_ahead = [&](int slices, int parts) {
@@ -132,9 +132,10 @@ Split choose_split(const Layer& p, bool backward, const CellTraits& cell, int th
   };
   const auto evaluate = [&](int directions, int slices, int parts, bool ahead) {
     const StepCost step =
-        step_cost(p, cell, std::ceil(B / slices), std::ceil(blocks / group / parts) * group, parts, lanes, value_bytes);
+        step_cost(p, cell, std::ceil(B / slices), std::ceil(blocks / group / parts) * group, parts, units);
     const int workers = directions * slices * parts * (ahead ? 2 : 1);
-    const double weights = double(cell.gates) * double(p.H) * double(p.I + p.P) * value_bytes * 1e-3;  // a direction's
+    const double weights =
+        double(cell.gates) * double(p.H) * double(p.I + p.P) * units.weight_bytes * 1e-3;  // a direction's
     const bool kept = p.weights[0].packed;
     const double packing =
         kept ? 0 : weights / (slices * parts) / pack_gbs + weights / parts * (1 - 1.0 / slices) / share_gbs;
@@ -179,7 +180,7 @@ Split choose_split(const Layer& p, bool backward, const CellTraits& cell, int th
   }
   // Measured: worth it where a cache holds a good part of the weights but not all of them.
   const double vectors = std::ceil(blocks / best.parts);
-  const double read = double(cell.gates) * vectors * lanes * double(p.P) * value_bytes;
+  const double read = double(cell.gates) * vectors * lanes * double(p.P) * units.weight_bytes;
   const bool partly = (read > 1.25 * l1_bytes && read < 3 * l1_bytes) || read > 0.8 * l2_bytes();
   best.alternate = partly && vectors >= 2 * group;
   best.limit = cost.limit;
@@ -188,15 +189,13 @@ Split choose_split(const Layer& p, bool backward, const CellTraits& cell, int th
 }
 
 Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, bool backward, const CellTraits& cell,
-                           int threads, int lanes, int value_bytes, int group_blocks) {
+                           int threads, const Units& units) {
   const int wanted = forced.load(std::memory_order_relaxed);
   Wavefront best;
   if (count < 2 || threads < 2 || first.T < 2 || first.D == 2 || first.first_row ||
       (wanted != by_model && wanted != wavefront))
     return best;
-  const auto cost = [&](const Layer& layer, int n) {
-    return choose_split(layer, backward, cell, n, lanes, value_bytes, group_blocks).us;
-  };
+  const auto cost = [&](const Layer& layer, int n) { return choose_split(layer, backward, cell, n, units).us; };
   const double first_alone = cost(first, 1), upper_alone = cost(upper, 1);
   double us = cost(first, threads) + (count - 1) * cost(upper, threads);  // one after the other, each by all threads
   const int64_t steps = backward ? std::max<int64_t>(chunk_rows / std::max<int64_t>(first.B, 1), 1)

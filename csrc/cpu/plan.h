@@ -26,11 +26,17 @@ struct Split {
   int recurrent() const { return directions * slices * parts; }  // workers of the recurrence
 };
 
-// What the choice depends on, beside the layer and whether it is to be computed forward: `threads` at hand, the lanes
-// of a vector, the bytes of a value, and how many vectors of hidden units the kernel works on together (parts begin at
-// such groups).
-Split choose_split(const Layer& layer, bool backward, const CellTraits& cell, int threads, int lanes, int value_bytes,
-                   int group_blocks);
+// What the choice wants to know of the kernel that is to run.
+struct Units {
+  int lanes;         // of a vector
+  int group;         // vectors of hidden units that are worked on together: parts begin at such groups
+  int weight_bytes;  // of a packed weight
+  double speed;      // of its products, beside float32's by fma
+  bool tiled;        // whether they are products of tiles
+};
+
+// The choice for a layer, which is to be computed forward or back, and `threads` at hand.
+Split choose_split(const Layer& layer, bool backward, const CellTraits& cell, int threads, const Units& units);
 
 constexpr int64_t folded_input = 4;  // inputs this narrow are multiplied in the step itself
 // Rows whose input is projected at a time by a worker that runs ahead: whole steps.
@@ -48,7 +54,7 @@ struct Wavefront {
 // For `count` layers, forward or back: the first, and those above, which are all alike. The other arguments are
 // choose_split's.
 Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, bool backward, const CellTraits& cell,
-                           int threads, int lanes, int value_bytes, int group_blocks);
+                           int threads, const Units& units);
 
 // For tests and measurements: "serial", "batch", "hidden", "wavefront", "ahead", or "" for the model's choice. False
 // for another name.

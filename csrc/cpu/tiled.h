@@ -27,9 +27,12 @@ struct alignas(64) Kept {
 
 static bool multiplies_floats(const Layer& p) { return p.dtype == Dtype::f32 || p.dtype == Dtype::bf16; }
 
+static bool suits_tiles(const Layer& p) {
+  return multiplies_floats(p) && p.B >= least_rows && p.H >= least_units && stored_rows(p) >= least_rows_in_all;
+}
+
 static bool tiles_serve(const Layer& p) {
-  if (!multiplies_floats(p) || p.B < least_rows || p.H < least_units || stored_rows(p) < least_rows_in_all)
-    return false;
+  if (!suits_tiles(p)) return false;
   for (int d = 0; d < p.D; ++d) {
     const void* packed = p.weights[d].packed;
     if (packed ? static_cast<const Kept*>(packed)->tiles == 0 : !has_ordinary_weights(p, d)) return false;
@@ -51,6 +54,10 @@ static Problem located(const Problem& problem, bool tiled) {
 }
 
 static const Kernels& vectors() { return avx512::table_bf16; }
+
+static Units units(const Layer& layer) {
+  return suits_tiles(layer) ? plan_units<Products::tiles>(layer) : vectors().units(layer);
+}
 
 static void forward(const Forward& problem, const Team& team) {
   const bool tiled = tiles_serve(problem);
@@ -137,6 +144,7 @@ static Kernels make_table() {
           false,
           f32::lanes,
           vectors().fma_chains,
+          units,
           forward,
           backward,
           forward_wavefront,

@@ -137,8 +137,8 @@ void test_watched(const Kernels& k, const Case& c, const Results& one, const Res
          describe(c).c_str());
 }
 
-// How far two results may be apart, in norm. Rounding a 16-bit state or a sign near relu's kink may fall either way, and
-// is carried on from there.
+// How far two results may be apart, in norm. Rounding a 16-bit state or a sign near relu's kink may fall either way,
+// and is carried on from there.
 double bound(const Layer& p) {
   if (p.dtype == Dtype::f64) return 1e-12;
   if (p.dtype != Dtype::f32 || p.precision == Precision::bf16) return 0.3;
