@@ -49,13 +49,13 @@ struct BackwardPass {
 
   // What a chunk leaves for the gradients. Absent pieces are not wanted.
   struct Buffer {
-    T* dgates;   // [S * blocks][R][Ww]
-    T* by_rows;  // [S * blocks][Rl][W] the same for the gradients of weights
-    T* h_prev;   // [out_blocks][Rw][W] the state that entered each step
-    T* x;        // [in_blocks][Rw][W]
-    T* x_back;   // [R] of inputs too small for tiles, which are scaled: what undoes that
-    T* dh_out;   // [out_blocks][Rl][W] gradient of the projected state
-    T* h_raw;    // [blocks][Rw][W] o tanh(c), before the projection
+    T* dgates;           // [S * blocks][R][Ww]
+    T* by_rows;          // [S * blocks][Rl][W] the same for the gradients of weights
+    T* h_prev;           // [out_blocks][Rw][W] the state that entered each step
+    T* x;                // [in_blocks][Rw][W]
+    T *x_back, *h_back;  // [R] of rows of these that are too small for tiles, and scaled: what undoes that
+    T* dh_out;           // [out_blocks][Rl][W] gradient of the projected state
+    T* h_raw;            // [blocks][Rw][W] o tanh(c), before the projection
   };
 
   // Of one slice in one direction, shared by its parts.
@@ -89,6 +89,7 @@ struct BackwardPass {
     bool was_cut;  // none came from the one before
     bool last;     // none goes on because the row began here
     bool carried;  // one came from the one before
+    T h_by;        // what the state that entered is multiplied by where it is too small for tiles
   };
 
   struct Worker {
@@ -196,7 +197,11 @@ struct BackwardPass {
       b.by_rows = twice ? piece(wanted.w_ih || wanted.w_hh || wanted.b_ih || wanted.b_hh, S * blocks, Rl) : b.dgates;
       b.h_prev = piece(wanted.w_hh || p.operands.h_prev, out_blocks, Rw);
       b.x = piece(wanted.w_ih, in_blocks, Rw);
-      b.x_back = O::keeps_small && b.x ? carve.take<T>(R) : nullptr;
+      const auto undoing = [&](bool is_wanted) {
+        return O::keeps_small && is_wanted && used ? carve.take<T>(R) : nullptr;
+      };
+      b.x_back = undoing(wanted.w_ih);
+      b.h_back = undoing(wanted.w_hh);
       b.dh_out = piece(wanted.w_hr || p.operands.dh_out, out_blocks, Rl);
       b.h_raw = piece(wanted.w_hr || p.operands.h_raw, blocks, Rw);
       if (memory) buffers[i] = b;
@@ -488,6 +493,7 @@ struct BackwardPass {
   void load_dgates(const T* dgates, T* to) const;
   template <class F>
   T scale_input(const F& vector, T& back) const;
+  T scale_state(const Row& row, T& back) const;
   template <class F>
   void tiled_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const;
 
@@ -530,6 +536,11 @@ struct BackwardPass {
               *c_cut = s.state.c_reset ? s.state.c_reset + i * Hp : none;
       row.h_first = row.cut ? h_cut : s.state.h0 + i * Pp;
       row.c_first = row.cut || !Cell::has_c ? c_cut : s.state.c0 + i * Hp;
+      if constexpr (O::keeps_small) {
+        T back = 1;
+        row.h_by = s.buffer.h_prev ? scale_state(row, back) : 1;
+        if (s.buffer.h_prev && w.part == 0) s.buffer.h_back[row.at] = back;
+      }
       row.dy = p.dy.data ? bytes(p.dy.data) + (row_offset(p, p.dy, t, b) + d * p.P) * storage.size : nullptr;
     }
   }
@@ -551,7 +562,7 @@ struct BackwardPass {
     dh.store(s.state.dh + i * Pp + unit);
     if (s.buffer.dh_out) O::Left::put(dh, s.buffer.dh_out + block * Rl * W, at);
     if (s.buffer.h_prev)
-      put(V::load((row.before ? row.before + Cell::tape * tape_h : row.h_first) + unit), s.buffer.h_prev, block, at);
+      put_h_prev(s, row, block, V::load((row.before ? row.before + Cell::tape * tape_h : row.h_first) + unit));
   }
 
   V load_state_gradient(const void* from, const Worker& w, const Step& s, int64_t i, int64_t width,
@@ -583,6 +594,10 @@ struct BackwardPass {
     O::put(x, blocks_of_rows + block * Rw * W, at);
   }
 
+  FASTRNN_MEMBER void put_h_prev(const Step& s, const Row& row, int64_t block, V h) const {
+    put(O::keeps_small ? h * V::set(row.h_by) : h, s.buffer.h_prev, block, row.at);
+  }
+
   // h of an LSTM step from its tape, as it was stored.
   FASTRNN_MEMBER V hidden(const T* tape, int64_t unit) const {
     if constexpr (Cell::has_c) {
@@ -611,7 +626,7 @@ struct BackwardPass {
     }
     if (Cell::has_c && w.watch) watch_cell(w, s, i, unit, dh, dc);
     Cell::backward(tape, h_prev, c_prev, dh, dc, da);
-    if (s.buffer.h_prev && !projected) put(h_prev, s.buffer.h_prev, block, at);
+    if (s.buffer.h_prev && !projected) put_h_prev(s, row, block, h_prev);
     for (int k = 0; k < S; ++k) {
       O::Left::store(da[k], s.buffer.dgates + ((k * blocks + block) * R + at) * Ww, 0, p.H - unit);
       if (twice && s.buffer.by_rows) put(da[k], s.buffer.by_rows, k * blocks + block, at);

@@ -207,7 +207,8 @@ constexpr Kernels make_table(const char* isa) {
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
 #if defined(FASTRNN_ISA_AMX)
-const Kernels table = make_table();
+constexpr Kernels built = make_table();
+const Kernels table = built;
 #else
 const Kernels table = make_table<Products::singles>(FASTRNN_NAME(FASTRNN_NAMESPACE));
 #endif

@@ -1,9 +1,9 @@
 // The table of the AMX tier: which layers go by tiles, and how those that do not reach avx512's kernels.
 
-// Fewer rows than this are bound by reading the weights, of which tiles read more; of fewer rows in all, packing them
-// into tiles costs more than it saves; of fewer hidden units most of a tile is padding. From the published rates of the
-// instructions, to be measured.
-constexpr int64_t least_rows = 8, least_rows_in_all = 128, least_units = 32;
+// Fewer rows than this are bound by reading the weights, of which tiles read more; of fewer hidden units most of a tile
+// is padding. From the published rates of the instructions, to be measured. The number of steps has no say: a sequence
+// in pieces is to give the same bits as the whole.
+constexpr int64_t least_rows = 8, least_units = 32;
 
 // Whether a matrix of weights has a value that is large enough for the small ones beside it not to matter. Trained
 // weights have one among the first few.
@@ -27,9 +27,7 @@ struct alignas(64) Kept {
 
 static bool multiplies_floats(const Layer& p) { return p.dtype == Dtype::f32 || p.dtype == Dtype::bf16; }
 
-static bool suits_tiles(const Layer& p) {
-  return multiplies_floats(p) && p.B >= least_rows && p.H >= least_units && stored_rows(p) >= least_rows_in_all;
-}
+static bool suits_tiles(const Layer& p) { return multiplies_floats(p) && p.B >= least_rows && p.H >= least_units; }
 
 static bool tiles_serve(const Layer& p) {
   if (!suits_tiles(p)) return false;
@@ -139,18 +137,8 @@ static double limit(int what, const float* data, int64_t n, int64_t repeats) {
   return what == 2 ? tile_work(repeats) : vectors().limit(what, data, n, repeats);
 }
 
-static Kernels make_table() {
-  return {"amx",
-          false,
-          f32::lanes,
-          vectors().fma_chains,
-          units,
-          forward,
-          backward,
-          forward_wavefront,
-          backward_wavefront,
-          packed_size,
-          pack,
-          activation,
-          limit};
+// A constant: nothing of this library may run where a machine loads it that lacks its instructions.
+static constexpr Kernels make_table() {
+  return {"amx",       false, f32::lanes, accumulators, units, forward, backward, forward_wavefront, backward_wavefront,
+          packed_size, pack,  activation, limit};
 }

@@ -10,7 +10,7 @@ void ForwardPass<Cell, V, O>::tiled_project_input(const Worker& w, int d, int64_
     constexpr int N = decltype(u)::value * G;
     const T *bias = bias_x[d] + block * G * W, *tiles = w_ih[d].data + block * G * W * Iw;
     over_tiled_rows<O::pieces, N>(0, rows, w.x, row_x, tiles, depth, [&](int64_t i, V(&sum)[N]) {
-      if (O::keeps_small && w.small_x[i]) {
+      if (O::keeps_small && (w.small_x[i] || any_nan(sum))) {
         load_row<Singles<V>>(storage, w.from_x[i], 0, p.I, round_up(p.I, 2 * W), w.scratch);
         single_row<O::pieces>(sum, w.scratch, tiles, depth);
       }
@@ -29,7 +29,8 @@ void ForwardPass<Cell, V, O>::tiled_step(const Worker& w, const Step& s, int64_t
     constexpr int blocks = decltype(u)::value, N = blocks * G;
     const T* tiles = w_hh[s.d].data + block * G * W * Pw;
     over_tiled_rows<O::pieces, N>(begin, end, s.h, row_w, tiles, O::chunks(p.P), [&](int64_t i, V(&sum)[N]) {
-      if (O::keeps_small && w.small_h[i]) single_row<O::pieces>(sum, s.own + i * own_w, tiles, O::chunks(p.P));
+      if (O::keeps_small && (w.small_h[i] || any_nan(sum)))
+        single_row<O::pieces>(sum, s.own + i * own_w, tiles, O::chunks(p.P));
       apply<blocks>(w, s, begin, i, block, sum, gates_x);
     });
   });
@@ -55,7 +56,7 @@ void BackwardPass<Cell, V, O>::tiled_carry(Worker& w, const Step& s, int64_t fro
     const T* words = s.state.chain[from & 1];
     const int64_t depth = G * O::chunks(p.H);
     over_tiled_rows<O::pieces, U>(0, carried, words, chain_w, tiles, depth, [&](int64_t i, V(&sum)[U]) {
-      if (O::keeps_small && w.small[i]) {
+      if (O::keeps_small && (w.small[i] || any_nan(sum))) {
         load_dgates(w.rows[i].dgates, w.loose);
         single_row<O::pieces>(sum, w.loose, tiles, depth);
       }
@@ -88,15 +89,41 @@ void BackwardPass<Cell, V, O>::load_dgates(const T* dgates, T* to) const {
       first_lanes(V::load(dgates + (g * blocks + block) * R * W), p.H - block * W).store(to + g * padded + block * W);
 }
 
-// By what a row of the input, vector(0), ..., is to be multiplied before it is cut into pieces; `back` undoes it.
+// By what a row of `count` vectors is to be multiplied before it is cut into pieces; `back` undoes it. Mostly its first
+// vector tells that it needs no scale.
+template <class F>
+static float small_scale(int64_t count, const F& vector, float& back) {
+  f32 largest = f32::set(0);
+  back = 1;
+  for (int64_t j = 0; j < count; ++j) {
+    largest = max(largest, absolute(vector(j)));
+    if (_mm512_cmp_ps_mask(largest.v, _mm512_set1_ps(least_scaled), _CMP_NLT_UQ)) return 1;
+  }
+  const Scale scale(largest, 0);
+  back = scale.back;
+  return scale.by;
+}
+
+// Of a row of the input, vector(0), ...
 template <class Cell, class V, class O>
 template <class F>
 typename V::T BackwardPass<Cell, V, O>::scale_input(const F& vector, T& back) const {
-  V largest = V::set(0);
-  for (int64_t j = 0; j < in_blocks; ++j) largest = max(largest, absolute(vector(j)));
-  const Scale scale(largest);
-  back = scale.back;
-  return scale.by;
+  return small_scale(in_blocks, vector, back);
+}
+
+// The same for the state that entered a row's step.
+template <class Cell, class V, class O>
+typename V::T BackwardPass<Cell, V, O>::scale_state(const Row& row, T& back) const {
+  const auto vector = [&](int64_t j) {
+    if (row.before == nullptr) return first_lanes(V::load(row.h_first + j * W), p.P - j * W);
+    if (projected) return first_lanes(V::load(row.before + Cell::tape * tape_h + j * W), p.P - j * W);
+    const V state = first_lanes(V::load(row.before + state_block * tape_h + j * W), p.H - j * W);
+    if constexpr (Cell::has_c)
+      return state * V::load(row.before + Cell::O * tape_h + j * W);  // as small as o tanh(c), where that is small
+    else
+      return state;
+  };
+  return small_scale(out_blocks, vector, back);
 }
 
 // The gradient of the input, two tiles of rows at a time. Small rows are scaled before they are cut into pieces.
@@ -111,7 +138,8 @@ void BackwardPass<Cell, V, O>::tiled_input_gradient(const Worker& w, int d, int6
     T back[most];
     for (int64_t r = 0; r < n; ++r) {
       load_dgates(dgates + (first + r) * W, w.loose);
-      const Scale scale(O::keeps_small ? largest_of(w.loose, loose_w) : V::set(0));
+      const V largest = O::keeps_small ? largest_of(w.loose, loose_w) : V::set(0);
+      const Scale scale(is_small(largest) ? largest : V::set(0), -40);
       for (int64_t unit = 0; unit < loose_w; unit += W)
         O::store(V::load(w.loose + unit) * V::set(scale.by), w.split + r * chain_w, unit, W);
       back[r] = scale.back;
@@ -120,7 +148,12 @@ void BackwardPass<Cell, V, O>::tiled_input_gradient(const Worker& w, int d, int6
       constexpr int U = decltype(u)::value;
       const T* tiles = w_ih[d].data + block * W * G * Hw;
       over_tiled_rows<O::pieces, U>(0, n, w.split, chain_w, tiles, depth, [&](int64_t r, V(&sum)[U]) {
-        for (int v = 0; v < U; ++v) put_dx(first + r, block + v, sum[v] * V::set(back[r]));
+        for (int v = 0; v < U; ++v) sum[v] = sum[v] * V::set(back[r]);
+        if (O::keeps_small && any_nan(sum)) {
+          load_dgates(dgates + (first + r) * W, w.loose);
+          single_row<O::pieces>(sum, w.loose, tiles, depth);
+        }
+        for (int v = 0; v < U; ++v) put_dx(first + r, block + v, sum[v]);
       });
     });
   }
@@ -129,8 +162,8 @@ void BackwardPass<Cell, V, O>::tiled_input_gradient(const Worker& w, int d, int6
 // --------------------------------------------------------------------------------------------- weight gradients
 
 // The gradients of weights: the left operand, values of neighbouring units, is turned round so that a unit is a row,
-// and cut into pieces; the right one lies in tiles already (Tiles::put). A block of units whose values are all small is
-// scaled.
+// and cut into pieces; the right one lies in tiles already (Tiles::put). Where float32 is to stay float32, a block of
+// units is scaled, so that nothing of a product is lost.
 template <int P>
 struct GradientTasks<f32, Tiles<P>> {
   using V = f32;
@@ -154,7 +187,7 @@ struct GradientTasks<f32, Tiles<P>> {
     V largest = V::set(0);
     for (int64_t i = 0; Tiles<P>::keeps_small && i < s.rows; ++i)
       largest = max(largest, absolute(first_lanes(V::load(left + i * W), units)) * V::set(undone(i)));
-    const Scale scale(largest);
+    const Scale scale(largest, -40);
     for (int64_t c = 0; c < chunks; ++c) {
       V rows[2][W];
       for (int64_t i = 0; i < chunk_depth; ++i) {

@@ -8,17 +8,23 @@
 //
 // The left matrix lies in rows, [chunk][piece][32 bfloat16], a chunk being 32 of depth. The right one lies in tiles,
 // [chunk][piece][vector][16 pairs of depth][16 columns][2]. Both are zero beyond their depth. Summation order, which
-// fixes the bits: chunk after chunk, in each the products of `Order`; within one, the instruction's own.
+// fixes the bits: chunk after chunk, in each the products of `Order`; within one, the instruction's own. Runs of chunks
+// are summed from zero and the run sums added in order, or long sums would lose what six products gain.
 //
 // Infinity and NaN: the first pieces are held at the largest bfloat16, the last is what is left, so it alone is
 // infinite or NaN, and it is multiplied by the other side's first piece alone: what comes out is what float32 gives.
-// Numbers next to the largest float32 are exact for the same reason. Small ones: the instruction takes what is below
-// 2^-126 for zero. Weights are therefore held against `least_weight` before tiles are chosen (tiles_serve), and rows of
-// the left matrix against `least_row`: a row whose largest value is smaller is multiplied by fma (single_row), or
-// scaled by a power of two before it is cut into pieces.
+// Numbers next to the largest float32 are exact for the same reason. A product far beyond it has pieces of both signs
+// that are, and gives NaN: where sums are to be float32's, NaN is computed again by fma (single_row).
+//
+// Small ones: the instruction takes what is below 2^-126 for zero, of pieces and of products. Weights are therefore
+// held against `least_weight` before tiles are chosen (tiles_serve), and rows of the left matrix against `least_row`: a
+// row whose largest value is smaller is multiplied by fma as well. Where there is no row to do that with, it is scaled
+// by a power of two before it is cut into pieces (Scale), to where neither it nor a product with the largest is lost.
 
 constexpr float least_weight = 0x1p-10f, least_row = 0x1p-80f;
+constexpr float least_scaled = 0x1p-40f;  // inputs and states below are scaled where they are multiplied by gradients
 constexpr int64_t chunk_depth = 32, tile_height = 16, tile_floats = 256;  // a tile is 1 KiB
+constexpr int64_t run_chunks = 8;
 
 // The instructions, as text: the compiler is not told of the extension. Registers are numbers known to the compiler.
 template <int R>
@@ -200,27 +206,39 @@ static void multiply_tiles(const float* left, const float* right, const TileStri
   using Pairs = Order<P>;
   constexpr int A = 4, B = A + M, held = 8 - B;
   configure_tiles<M>(height);
-  times<M * N>([](auto i) { tile_zero<decltype(i)::value>(); });
   const char *a = bytes(left), *b = bytes(right);
-  for (int64_t c = 0; c < chunks; ++c, a += P * by.left, b += P * by.right)
-    times<Pairs::n>([&](auto pair) {
-      constexpr int p = decltype(pair)::value, before = p > 0 ? p - 1 : 0;
-      constexpr bool same_left = p > 0 && Pairs::left[p] == Pairs::left[before];
-      constexpr bool same_right = p > 0 && N <= held && Pairs::right[p] == Pairs::right[before];
-      if constexpr (!same_left)
-        times<M>([&](auto m) {
-          tile_load<A + decltype(m)::value>(a + Pairs::left[p] * by.left + decltype(m)::value * by.rows, by.row);
+  alignas(64) float run_sums[M * tile_height * N * 16];
+  for (int64_t begin = 0; begin == 0 || begin < chunks; begin += run_chunks) {
+    times<M * N>([](auto i) { tile_zero<decltype(i)::value>(); });
+    for (int64_t c = begin; c < smaller(begin + run_chunks, chunks); ++c, a += P * by.left, b += P * by.right)
+      times<Pairs::n>([&](auto pair) {
+        constexpr int p = decltype(pair)::value, before = p > 0 ? p - 1 : 0;
+        constexpr bool same_left = p > 0 && Pairs::left[p] == Pairs::left[before];
+        constexpr bool same_right = p > 0 && N <= held && Pairs::right[p] == Pairs::right[before];
+        if constexpr (!same_left)
+          times<M>([&](auto m) {
+            tile_load<A + decltype(m)::value>(a + Pairs::left[p] * by.left + decltype(m)::value * by.rows, by.row);
+          });
+        times<N>([&](auto v) {
+          constexpr int column = decltype(v)::value, R = B + column % held;
+          if constexpr (!same_right) tile_load<R>(b + Pairs::right[p] * by.right + column * by.vector, 64);
+          times<M>([&](auto m) { tile_multiply<decltype(m)::value * N + column, A + decltype(m)::value, R>(); });
         });
-      times<N>([&](auto v) {
-        constexpr int column = decltype(v)::value, R = B + column % held;
-        if constexpr (!same_right) tile_load<R>(b + Pairs::right[p] * by.right + column * by.vector, 64);
-        times<M>([&](auto m) { tile_multiply<decltype(m)::value * N + column, A + decltype(m)::value, R>(); });
       });
+    float* const to = begin == 0 ? out : run_sums;
+    const int64_t to_ld = begin == 0 ? ld : N * 16;
+    times<M * N>([&](auto i) {
+      constexpr int tile = decltype(i)::value;
+      tile_store<tile>(to + tile / N * height * to_ld + tile % N * 16, to_ld * int64_t(sizeof(float)));
     });
-  times<M * N>([&](auto i) {
-    constexpr int tile = decltype(i)::value;
-    tile_store<tile>(out + tile / N * height * ld + tile % N * 16, ld * int64_t(sizeof(float)));
-  });
+    if (begin == 0) continue;
+    for (int r = 0; r < M * height; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) {
+        float* const sum = out + r * ld + v * 16;
+        (f32::load(sum) + f32::load(run_sums + (r * N + v) * 16)).store(sum);
+      }
+  }
 }
 
 // Calls f(row, sums) for rows [begin, end) of `left` (`stride` words apart; memory, of whatever contents, goes on for
@@ -261,27 +279,47 @@ FASTRNN_INLINE f32 largest_of(const float* row, int64_t n) {
     most = max(most, absolute(n - i >= f32::lanes ? f32::load(row + i) : f32::load(row + i, int(n - i))));
   return most;
 }
-// Whether it is too small for tiles, and yet not zero.
-FASTRNN_INLINE bool is_small(f32 largest) {
-  return !_mm512_cmp_ps_mask(largest.v, _mm512_set1_ps(least_row), _CMP_NLT_UQ) &&
+// Whether all of it is below `least`, and some of it not zero.
+FASTRNN_INLINE bool is_small(f32 largest, float least = least_row) {
+  return !_mm512_cmp_ps_mask(largest.v, _mm512_set1_ps(least), _CMP_NLT_UQ) &&
          _mm512_cmp_ps_mask(largest.v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
 }
-// The power of two that brings a small row near to one, and undoes it; one for others. The largest of a row of zeros,
-// or one that is infinite, needs none.
+
+template <int N>
+FASTRNN_INLINE bool any_nan(const f32 (&sum)[N]) {
+  f32 x = sum[0];
+#pragma GCC unroll 4
+  for (int v = 1; v < N; ++v) x = x + sum[v];  // or infinite of both signs, which is seldom
+  return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q) != 0;
+}
+
+// The power of two that brings what has this largest value next to 2^target, and the one that undoes it; one for what
+// is zero, infinite or NaN.
 struct Scale {
   float by = 1, back = 1;
-  explicit Scale(f32 largest) {
-    if (!is_small(largest)) return;
+  Scale(f32 largest, int target) {
     const float most = _mm512_reduce_max_ps(largest.v);
-    int exponent = 127;
-    while (exponent > 0 && most * __builtin_ldexpf(1, exponent) >= 1) --exponent;
-    by = __builtin_ldexpf(1, exponent);
-    back = __builtin_ldexpf(1, -exponent);
+    int bits;
+    __builtin_memcpy(&bits, &most, sizeof bits);
+    const int exponent = bits >> 23 & 0xff;
+    if (bits == 0 || exponent == 0xff) return;
+    int steps = target + 126 - exponent;
+    steps = steps > 126 ? 126 : steps < -126 ? -126 : steps;
+    by = power(steps);
+    back = power(-steps);
+  }
+
+ private:
+  static float power(int n) {  // of two; -126 <= n <= 126
+    const int bits = (n + 127) << 23;
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
   }
 };
 
-// A row too small for tiles times a packed group, by fma: the pieces of a weight add up to it. row: chunks * 32 values,
-// zero beyond its depth.
+// A row that tiles do not serve times a packed group, by fma: the pieces of a weight add up to it. row: chunks * 32
+// values, zero beyond its depth.
 template <int P, int N>
 static __attribute__((noinline)) void single_row(f32 (&sum)[N], const float* row, const float* group, int64_t chunks) {
   for (int v = 0; v < N; ++v) sum[v] = f32::set(0);
