@@ -272,6 +272,19 @@ def test_sequences(kind, call, dtype, rule):
     both_tiers(rule, run_once, dtype, f"{kind} {call}")
 
 
+@pytest.mark.parametrize(("I", "H"), [(4000, 64), (16000, 32), (40, 1200)])
+@pytest.mark.parametrize("kind", ["GRU", "RNN_TANH"])
+def test_long_sums(kind, I, H, rule):
+    """Of thousands of products. One running sum of them all would lose more than the sums of sums of fma's kernels."""
+
+    def run_once(dtype, n):
+        torch.manual_seed(n)
+        layer, x = build(kind, I, H).to(dtype), normal(8, 16, I, seed=n).to(dtype).requires_grad_()
+        return named_gradients(layer(x)[0], [x, *layer.parameters()], n)
+
+    both_tiers(rule, run_once, where=f"{kind} {I} {H}")
+
+
 @torch.no_grad()
 def of_bfloat16(module):
     """Its weights are bfloat16 numbers, whatever their dtype is."""
