@@ -317,7 +317,6 @@ def test_autocast(kind, rule):
 
 NOT_WORTH_IT = {  # a little on the near side of each bound
     "rows": (40, 7, 64, torch.float32),
-    "rows in all": (15, 8, 64, torch.float32),
     "units": (20, 16, 31, torch.float32),
     "float64": (20, 16, 64, torch.float64),
     "float16": (20, 16, 64, torch.float16),

@@ -100,7 +100,7 @@ static float small_scale(int64_t count, const F& vector, float& back) {
     if (_mm512_cmp_ps_mask(largest.v, _mm512_set1_ps(least_scaled), _CMP_NLT_UQ)) return 1;
   }
   const Scale scale(largest, 0);
-  back = scale.back;
+  back = is_small(largest, least_scaled) ? scale.back : 0;  // zeros have no say in how the other operand is scaled
   return scale.by;
 }
 
