@@ -53,9 +53,14 @@ def test_no_wide_instruction_outside_its_tier():
 
 # The stable ABI and no other name of torch; omp_*: weak, asks whether a parallel region is around us; cublas*: weak,
 # torch's own where it is built for CUDA; fastrnn_emulates_amx: weak, the tests' emulator; the tool chain's.
-ALLOWED = re.compile(r"aoti_torch_\w+|torch_\w+|omp_\w+|cublas\w+|fastrnn_emulates_amx|_ITM_\w+|__gmon_start__|__cxa_finalize")
+ALLOWED = re.compile(
+    r"aoti_torch_\w+|torch_\w+|omp_\w+|cublas\w+|fastrnn_emulates_amx|_ITM_\w+|__gmon_start__|__cxa_finalize"
+)
 # What not every torch has.
-WEAK = re.compile(r"fastrnn_emulates_amx|omp_\w+|cublas\w+|aoti_torch_get_current_cuda_stream|torch_exception_get_what_without_backtrace")
+WEAK = re.compile(
+    r"fastrnn_emulates_amx|omp_\w+|cublas\w+|aoti_torch_get_current_cuda_stream"
+    r"|torch_exception_get_what_without_backtrace"
+)
 SYSTEM = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 
 

@@ -1,9 +1,10 @@
 """The torch-free kernels by themselves: accuracy of the activations, and a C++ driver under the sanitizers.
 
-The driver (tests/csrc/driver.cpp) is compiled here, without optimisation: with every tier for AddressSanitizer and
-UndefinedBehaviorSanitizer (the widest for AddressSanitizer alone: compiling it for both takes minutes), with the scalar
-tier for ThreadSanitizer, since no tier has threading of its own. It checks gradients by differences, and that tiers
-agree and threads change nothing, on buffers of exactly the right size.
+The driver (tests/csrc/driver.cpp) is compiled here, without optimisation. It checks gradients by differences, that
+tiers agree and that threads change nothing, on buffers of exactly the right size. With the scalar tier alone it is part
+of the suite, under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer. The vector tiers are
+the same code but for vec.h, and take minutes to compile (-m long); AMX's, whose instructions are emulated where the
+machine has none, has products and a chain of its own (tiles.h, tiled_passes.h).
 """
 
 import os
@@ -20,52 +21,55 @@ from fastrnn import _C
 
 CSRC = Path(__file__).parent.parent / "csrc"
 X86 = platform.machine() in ("x86_64", "AMD64")
-TIERS = {"scalar": []}
-if X86:
-    TIERS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    TIERS["avx512"] = TIERS["avx2"] + ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+VECTORS = {"avx2": AVX2, "avx512": AVX512, "amx": AVX512}
+# Of vector tiers UndefinedBehaviorSanitizer sees nothing that it does not see of the scalar one, for twice the time.
 SANITIZERS = {
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-fsanitize=thread"],
+    "address": (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], {}),
+    "thread": (["-fsanitize=thread"], {}),
+    "address, every tier": (["-fsanitize=address"], VECTORS),
+    "thread, every tier": (["-fsanitize=thread"], VECTORS),
 }
 
 
 @pytest.fixture(scope="module")
-def drivers(tmp_path_factory):
-    """Builds the driver once per sanitizer; returns the paths."""
-    folder = tmp_path_factory.mktemp("driver")
-    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-pthread", "-w"]
-    rest = [
-        CSRC / "cpu" / "workspace.cpp",
-        CSRC / "cpu" / "plan.cpp",
-        CSRC / "cpu" / "dispatch.cpp",
-        Path(__file__).parent / "csrc" / "driver.cpp",
-    ]
+def driver(tmp_path_factory):
+    """Builds the driver under a sanitizer, once; returns its path."""
+    built = {}
 
-    def compile_one(sanitizer, tiers, source):
-        target = folder / f"{sanitizer}-{source.stem}.o"
-        flags = SANITIZERS[sanitizer] + TIERS.get(source.stem, [])
-        if source.stem in ("avx2", "avx512"):  # the same code as scalar's, but for vec.h; minutes of compiling
-            flags.append("-fno-sanitize=undefined")
-        if "avx2" in tiers:
-            flags.append("-DFASTRNN_X86")
-        subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
+    def build(name):
+        if name not in built:
+            built[name] = build_driver(tmp_path_factory.mktemp("driver"), *SANITIZERS[name])
+        return built[name]
+
+    return build
+
+
+def build_driver(folder, sanitizer, tiers):
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-pthread", "-w", *sanitizer]
+    sources = [CSRC / "cpu" / f"{tier}.cpp" for tier in ("amx", "avx512", "avx2") if tier in tiers]  # the longest first
+    sources += [CSRC / "cpu" / f"{name}.cpp" for name in ("scalar", "workspace", "plan", "dispatch")]
+    sources.append(Path(__file__).parent / "csrc" / "driver.cpp")
+    if tiers:
+        compiler.append("-DFASTRNN_X86")
+        sources.append(Path(__file__).parent / "csrc" / "amx_emulator.cpp")
+
+    def compile_one(source):
+        target = folder / f"{source.stem}.o"
+        subprocess.run([*compiler, *tiers.get(source.stem, []), "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
-    jobs = {"address": list(TIERS), "thread": ["scalar"]}
-    paths = {sanitizer: folder / sanitizer for sanitizer in jobs}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = {
-            sanitizer: [
-                pool.submit(compile_one, sanitizer, tiers, source)
-                for source in [*(CSRC / "cpu" / f"{tier}.cpp" for tier in reversed(tiers)), *rest]  # the longest first
-            ]
-            for sanitizer, tiers in jobs.items()
-        }
-        for sanitizer, futures in objects.items():
-            files = [future.result() for future in futures]
-            subprocess.run([*compiler, *SANITIZERS[sanitizer], *files, "-o", str(paths[sanitizer])], check=True)
-    return paths
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run([*compiler, *objects, "-o", str(folder / "driver"), "-ldl"], check=True)
+    return folder / "driver"
+
+
+def run_driver(path, *arguments):
+    result = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.stdout.rstrip().endswith("ok")
 
 
 @pytest.mark.parametrize(
@@ -77,10 +81,27 @@ def drivers(tmp_path_factory):
         ("thread", ["layers", "12"]),
     ],
 )
-def test_driver(drivers, sanitizer, arguments):
-    result = subprocess.run([drivers[sanitizer], *arguments], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert result.stdout.rstrip().endswith("ok")
+def test_driver(driver, sanitizer, arguments):
+    run_driver(driver(sanitizer), *arguments)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not X86, reason="the scalar tier is the only one")
+@pytest.mark.parametrize(
+    ("sanitizer", "arguments"),
+    [
+        ("address, every tier", ["layers", "50"]),
+        ("address, every tier", ["gradient", "60"]),
+        ("address, every tier", ["ulp", "40009"]),
+        ("address, every tier", ["tiles", "60"]),
+        ("thread, every tier", ["layers", "12"]),
+        ("thread, every tier", ["tiles", "40"]),
+    ],
+)
+def test_every_tier(driver, sanitizer, arguments):
+    if arguments[0] == "tiles" and "avx512_bf16" not in _C.isas():
+        pytest.skip("the tier has AVX-512's bfloat16 instructions beside AMX's, which this machine has not")
+    run_driver(driver(sanitizer), *arguments)
 
 
 def exact(function, x):
