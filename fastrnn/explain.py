@@ -130,7 +130,7 @@ def _precision(work: torch.dtype, on_gpu: bool) -> str:
     if on_gpu:
         return "" if precision(work, True) == EXACT else f"; its products are of numbers rounded to {_TF32}"
     if precision(work) == TF32:
-        return "; its products are of two bfloat16 for a number (torch.backends.mkldnn.rnn.fp32_precision)"
+        return "; products of tiles are of two bfloat16 for a number (torch.backends.mkldnn.rnn.fp32_precision)"
     if precision(work) != EXACT:
         return "; its products are of numbers rounded to bfloat16 (torch.backends.mkldnn.rnn.fp32_precision)"
     if work is torch.float32 and fp32_precision() in ("tf32", "bf16"):

@@ -25,6 +25,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(fastrnn.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 ISAS = list(_C.isas())
+DEFAULT_ISA = [isa for isa in ISAS if isa != "amx"][-1]  # which has to be asked for
 KINDS = ["RNN_TANH", "RNN_RELU", "LSTM", "GRU"]
 SIXTEEN = (torch.bfloat16, torch.float16)
 DTYPES = [torch.float32, torch.float64, *SIXTEEN]

@@ -3,6 +3,7 @@
 import fastrnn._C as _C
 import pytest
 import torch
+from conftest import DEFAULT_ISA
 from torch import nn
 
 import fastrnn
@@ -106,20 +107,22 @@ def test_the_model_is_asked_about_the_layer_that_would_run(kind, dtype, monkeypa
     cell, wide, P, threads = kind.lower() + "_tanh" * (kind == "RNN"), dtype == torch.float64, 3 if projected else 7, 2
     torch.set_num_threads(threads)
     x = torch.randn(4, 6, 5, dtype=dtype)
-    expected = [(cell, wide, 6, 4, width, 7, P, 2, threads, 1, False) for width in (5, 2 * P)]
+    exact, narrow = 0, dtype == torch.bfloat16
+    expected = [(cell, wide, 6, 4, width, 7, P, 2, threads, 1, False, narrow, exact) for width in (5, 2 * P)]
+    as_wavefront = (*expected[0][:9], 2, False, narrow, exact)
     packed = nn.utils.rnn.pack_padded_sequence(x, [6, 1, 3, 2], batch_first=True, enforce_sorted=False)
     for input, options in ((x, {}), (packed, {}), (x, {"lengths": torch.tensor([6, 1, 3, 2])})):
         asked.clear()
         plan = fastrnn.explain(module, input, **options)
         # Where rows are equally long, also whether the two layers would be a wavefront.
-        assert asked == (expected if options or input is packed else [(*expected[0][:-2], 2, False), *expected])
+        assert asked == (expected if options or input is packed else [as_wavefront, *expected])
         assert len(plan.splits) == 2
         assert [list(layer) for layer in plan.layers] == [[*"TBIH", *"P" * len(projected), "D"]] * 2
     if not projected:
         asked.clear()
         cell_module = getattr(fastrnn, kind + "Cell")(5, 7, dtype=dtype)
         assert len(fastrnn.explain(cell_module, x[0]).splits) == 1
-        assert asked == [(cell, wide, 1, 6, 5, 7, 7, 1, threads, 1, False)]
+        assert asked == [(cell, wide, 1, 6, 5, 7, 7, 1, threads, 1, False, narrow, exact)]
         assert "layer 0: T = 1, B = 6, I = 5, H = 7: " in str(fastrnn.explain(cell_module, x[0]))
 
 
@@ -199,7 +202,7 @@ def test_build_info():
         assert key in info
     assert info["version"] == fastrnn.__version__
     assert info["torch_running"] == torch.__version__
-    assert info["isa"] == _C.isa() == info["available"][-1]
+    assert info["isa"] == _C.isa() == DEFAULT_ISA
     assert set(info["available"]) <= set(info["isas"])
     assert "scalar" in info["available"]
     assert info["available"] == list(_C.isas())

@@ -14,6 +14,7 @@ from fastrnn import _C
 KINDS = ["RNN_TANH", "LSTM", "GRU"]
 SETTINGS = ["none", "ieee", "tf32", "bf16"]
 PAIRS = "avx512_bf16"
+ROUNDS = (PAIRS, "amx")
 only_pairs = pytest.mark.skipif(PAIRS not in _C.isas(), reason="no instruction for pairs of bfloat16 on this machine")
 
 
@@ -65,7 +66,7 @@ def test_float32_is_exact_unless_bfloat16_is_asked_for_and_faster(kind, setting,
     expected = call()
     with asked_for(setting):
         found = call()
-    assert same(found, expected) != (setting == "bf16" and isa == PAIRS)
+    assert same(found, expected) != (setting == "bf16" and isa in ROUNDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -240,8 +241,8 @@ def test_explain_tells_of_it():
     for isa in _C.isas():
         with asked_for("bf16", isa):
             told = str(fastrnn.explain(module, x))
-            assert ("products are of numbers rounded to bfloat16" in told) == (isa == PAIRS)
-            assert (f"float32 stays exact: {isa} would not be faster for less" in told) == (isa != PAIRS)
+            assert ("products are of numbers rounded to bfloat16" in told) == (isa in ROUNDS)
+            assert (f"float32 stays exact: {isa} would not be faster for less" in told) == (isa not in ROUNDS)
             assert "exact" not in str(fastrnn.explain(module.double(), x.double()))
             module.float()
     with asked_for("tf32"):
