@@ -13,6 +13,7 @@ from dataclasses import FrozenInstanceError, replace
 import fastrnn._C as _C
 import pytest
 import torch
+from programs import is_whole_png
 
 from fastrnn import bench_report, measure, peers, roofline, workloads
 from fastrnn.__main__ import main
@@ -301,6 +302,24 @@ def test_the_limits_of_the_machine():
     if found["levels"]:
         assert roofline.level_of(1, found) is found["levels"][0]
         assert roofline.level_of(1e15, found)["name"] == "memory"
+
+
+def test_tiles_raise_the_roof(tmp_path):
+    level = {"name": "L1", "bytes": None, "bandwidth": 50.0}
+    found = {"fma": 100.0, "tiles": 1800.0, "levels": [level]}
+    assert roofline.peak(found, "float32") == (300, "tiles")  # six products of bfloat16 for one
+    assert roofline.peak(found, "bfloat16") == (1800, "tiles")
+    assert roofline.peak(found | {"tiles": None}, "float32") == (100, "fma")
+    assert roofline.peak(found | {"tiles": 540.0}, "float32") == (100, "fma")
+    gflops = {"fastrnn": 150.0}
+    rows = [
+        {"cell": "LSTM", "T": 10, "L": 1, "recurrent_weights": 100, "inference": {"operations": n, "gflops": gflops}}
+        for n in (1e4, 1e6)  # 2.5 and 250 operations for a byte of weights
+    ]
+    roofline.add_shares(rows, found, "float32")
+    assert [row["inference"]["roof"]["gflops"] for row in rows] == [125, 300]
+    roofline.draw(rows, found, "two roofs", tmp_path / "roof.png")
+    assert is_whole_png(tmp_path / "roof.png")
 
 
 def test_caches_from_sysfs(tmp_path):
