@@ -630,6 +630,34 @@ def test_gradients_of_weights_that_are_tiny_products(input, incoming):
     judge(ours, theirs, data)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-24, 1e-30, 1e-36])
+def test_gradients_of_a_projection_of_tiny_states(size):
+    torch.manual_seed(0)
+    ours, theirs = pair("LSTM", 33, 37, bias=False, proj_size=19)
+    data = [normal(9, 17, 33, seed=1) * size, None, normal(9, 17, 19, seed=2)]
+
+    def call(module, dtype):
+        output, _ = module(data[0].to(dtype))
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        return dict(zip(names, torch.autograd.grad(output, parameters, data[2].to(dtype)), strict=True))
+
+    mine, torchs = call(ours, torch.float32), call(theirs, torch.float32)
+    for name, want in call(copy.deepcopy(theirs).double(), torch.float64).items():
+        err, err_torch = (distance_from(t[name], want) for t in (mine, torchs))
+        assert err <= 1.5 * err_torch + 2e-7, f"{name}: error {err:.3e}, torch's {err_torch:.3e}"
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-24, 1e-28])
+def test_a_tiny_feature_among_ordinary_ones(size):
+    """Its own column of the gradient is as right as the others."""
+    data, ours, theirs = edge("LSTM")
+    data[0][..., 7] *= size
+    mine, torchs, truth = (
+        found["weight_ih_l0"][:, 7] for found in (results(ours, data), results(theirs, data), truth_of(theirs, data))
+    )
+    assert distance_from(mine, truth) <= 1.5 * distance_from(torchs, truth) + 2e-7
+
+
 def test_small_gradients_meet_huge_weights():
     """A row that is brought near to one before it is multiplied does not overflow."""
     data, ours, theirs = edge("RNN_TANH")

@@ -49,13 +49,14 @@ struct BackwardPass {
 
   // What a chunk leaves for the gradients. Absent pieces are not wanted.
   struct Buffer {
-    T* dgates;           // [S * blocks][R][Ww]
-    T* by_rows;          // [S * blocks][Rl][W] the same for the gradients of weights
-    T* h_prev;           // [out_blocks][Rw][W] the state that entered each step
-    T* x;                // [in_blocks][Rw][W]
-    T *x_back, *h_back;  // [R] of rows of these that are too small for tiles, and scaled: what undoes that
-    T* dh_out;           // [out_blocks][Rl][W] gradient of the projected state
-    T* h_raw;            // [blocks][Rw][W] o tanh(c), before the projection
+    T* dgates;   // [S * blocks][R][Ww]
+    T* by_rows;  // [S * blocks][Rl][W] the same for the gradients of weights
+    T* h_prev;   // [out_blocks][Rw][W] the state that entered each step
+    T* x;        // [in_blocks][Rw][W]
+    // [R] Of rows of x, h_prev and h_raw that are too small for tiles, and scaled: what undoes that.
+    T *x_back, *h_back, *raw_back;
+    T* dh_out;  // [out_blocks][Rl][W] gradient of the projected state
+    T* h_raw;   // [blocks][Rw][W] o tanh(c), before the projection
   };
 
   // Of one slice in one direction, shared by its parts.
@@ -72,7 +73,7 @@ struct BackwardPass {
     T* dc_reset;  // [rows][Hp]
     // By tiles: the dgates of even, of odd steps, gate after gate; and where small rows are looked for, each part's
     // largest of every row.
-    T* chain[2];  // [rows][chain_w] as words
+    T* chain[2];  // [rows, and row_beyond][chain_w] as words
     T* peaks[2];  // [parts][rows][W]
   };
 
@@ -85,30 +86,30 @@ struct BackwardPass {
     const T* h_first;  // where `before` is null
     const T* c_first;
     const char* dy;
-    bool cut;      // no gradient goes on from this step
-    bool was_cut;  // none came from the one before
-    bool last;     // none goes on because the row began here
-    bool carried;  // one came from the one before
-    T h_by;        // what the state that entered is multiplied by where it is too small for tiles
+    bool cut;        // no gradient goes on from this step
+    bool was_cut;    // none came from the one before
+    bool last;       // none goes on because the row began here
+    bool carried;    // one came from the one before
+    T h_by, raw_by;  // what h_prev and h_raw are multiplied by where they are too small for tiles
   };
 
   struct Worker {
     Slice slice;
-    State* states;  // [D]
-    int part;
-    int64_t first, last;          // its blocks of hidden units
-    int64_t first_out, last_out;  // its blocks of the state h
-    Row* rows;
-    char** dx;  // [R]
-    T* panel;
-    bool idle;
-    Watch<Cell, V>* watch;  // null: nobody watches
-    double* watched;        // [D][2][most_steps][columns] a chunk's steps, those of the chunk before
+    State* states = nullptr;  // [D]
+    int part = 0;
+    int64_t first = 0, last = 0;          // its blocks of hidden units
+    int64_t first_out = 0, last_out = 0;  // its blocks of the state h
+    Row* rows = nullptr;
+    char** dx = nullptr;  // [R]
+    T* panel = nullptr;
+    bool idle = false;
+    Watch<Cell, V>* watch = nullptr;  // null: nobody watches
+    double* watched = nullptr;        // [D][2][most_steps][columns] a chunk's steps, those of the chunk before
     // By tiles.
-    T* loose;     // [loose_w] a row of dgates, as values
-    T* split;     // [2 tiles of rows][chain_w] rows of dgates, as words
-    T* left;      // the left operand of a weight gradient
-    bool* small;  // [rows]
+    T* loose = nullptr;  // [loose_w] a row of dgates, as values
+    T* split = nullptr;  // [rows, or two tiles of them][chain_w] rows of dgates, as words
+    T* back = nullptr;   // [rows] what undoes the scale of each of these
+    T* left = nullptr;   // the left operand of a weight gradient
   };
 
   explicit BackwardPass(const Backward& backward) : p(backward) {}
@@ -202,6 +203,7 @@ struct BackwardPass {
       };
       b.x_back = undoing(wanted.w_ih);
       b.h_back = undoing(wanted.w_hh);
+      b.raw_back = undoing(wanted.w_hr);
       b.dh_out = piece(wanted.w_hr || p.operands.dh_out, out_blocks, Rl);
       b.h_raw = piece(wanted.w_hr || p.operands.h_raw, blocks, Rw);
       if (memory) buffers[i] = b;
@@ -232,23 +234,9 @@ struct BackwardPass {
     for (int i = 0; i < split.workers; ++i) {
       const Place place(split, i);
       carve.gap();
-      Worker w{Slice(p, split.slices, place.slice),
-               nullptr,
-               place.part,
-               0,
-               0,
-               0,
-               0,
-               nullptr,
-               nullptr,
-               nullptr,
-               place.idle,
-               nullptr,
-               nullptr,
-               nullptr,
-               nullptr,
-               nullptr,
-               nullptr};
+      Worker w{Slice(p, split.slices, place.slice)};
+      w.part = place.part;
+      w.idle = place.idle;
       w.first_out = first_block(w_hh[0], place.part, split.parts);
       w.last_out = first_block(w_hh[0], place.part + 1, split.parts);
       w.first = projected ? first_block(w_hr[0], place.part, split.parts) : w.first_out;
@@ -258,9 +246,10 @@ struct BackwardPass {
       w.panel = carve.take<T>(once ? larger(K, p.P) * group_vectors * W : 0);
       if (O::tiled) {
         w.loose = carve.take<T>(loose_w);
-        w.split = carve.take<T>(p.dx.data ? 2 * O::row_beyond * chain_w : 0);
+        const int64_t of_step = O::keeps_small ? longest + O::row_beyond : 0;
+        w.split = carve.take<T>(larger(of_step, p.dx.data ? 2 * O::row_beyond : 0) * chain_w);
         w.left = carve.take<T>(O::words(R) * W);
-        w.small = carve.take<bool>(longest);
+        w.back = carve.take<T>(longest);
       }
       if (p.watched) {
         w.watch = carve.take<Watch<Cell, V>>(1);
@@ -491,9 +480,11 @@ struct BackwardPass {
   void tiled_carry(Worker& w, const Step& s, int64_t from, int64_t carried);
   void put_in_chain(const Worker& w, const Step& s, int64_t i, int64_t unit, const V (&da)[S]) const;
   void load_dgates(const T* dgates, T* to) const;
+  T cut_dgates(const Worker& w, const T* dgates, int64_t row) const;
   template <class F>
   T scale_input(const F& vector, T& back) const;
   T scale_state(const Row& row, T& back) const;
+  T scale_raw(const Row& row, T& back) const;
   template <class F>
   void tiled_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const;
 
@@ -540,6 +531,8 @@ struct BackwardPass {
         T back = 1;
         row.h_by = s.buffer.h_prev ? scale_state(row, back) : 1;
         if (s.buffer.h_prev && w.part == 0) s.buffer.h_back[row.at] = back;
+        row.raw_by = s.buffer.h_raw ? scale_raw(row, back) : 1;
+        if (s.buffer.h_raw && w.part == 0) s.buffer.raw_back[row.at] = back;
       }
       row.dy = p.dy.data ? bytes(p.dy.data) + (row_offset(p, p.dy, t, b) + d * p.P) * storage.size : nullptr;
     }
@@ -622,7 +615,10 @@ struct BackwardPass {
       c_prev = V::load(row.before ? row.before + state_block * tape_h + unit : row.c_first + unit);
       dc = V::load(s.state.dc + i * Hp + unit);
       if (p.dc_all) dc = dc + load_state_gradient(p.dc_all, w, s, i, p.H, unit);
-      if (s.buffer.h_raw) put(hidden(row.tape, unit), s.buffer.h_raw, block, at);
+      if (s.buffer.h_raw) {
+        const V h = hidden(row.tape, unit);
+        put(O::keeps_small ? h * V::set(row.raw_by) : h, s.buffer.h_raw, block, at);
+      }
     }
     if (Cell::has_c && w.watch) watch_cell(w, s, i, unit, dh, dc);
     Cell::backward(tape, h_prev, c_prev, dh, dc, da);

@@ -52,7 +52,7 @@ void BackwardPass<Cell, V, O>::over_sums(int d, const Buffer& b, int64_t rows, c
     f(Sum{b.by_rows + s * blocks * Rl * W, p.H, Rl, b.h_prev, p.P, Rw, rows, at(to.w_hh, g * p.H * p.P),
           at(to.b_hh, g * p.H), b.h_back});
   }
-  f(Sum{b.dh_out, p.P, Rl, b.h_raw, p.H, Rw, rows, at(to.w_hr, 0), nullptr, nullptr});
+  f(Sum{b.dh_out, p.P, Rl, b.h_raw, p.H, Rw, rows, at(to.w_hr, 0), nullptr, b.raw_back});
 }
 
 template <class Cell, class V, class O>

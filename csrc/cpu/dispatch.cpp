@@ -25,20 +25,36 @@ extern "C" __attribute__((weak)) int fastrnn_emulates_amx;
 namespace fastrnn {
 namespace {
 
-// Whether the machine has tiles and bfloat16 products of them, and Linux lets this process use them: it gives out the
-// memory to save them in on request.
+#ifdef FASTRNN_X86
+#ifdef __linux__
+constexpr long tile_data = 18;  // the state that tiles are, among those that the kernel saves for a process
+
+// Whether the machine has tiles and bfloat16 products of them, and Linux knows of them.
 bool has_amx() {
-#if defined(FASTRNN_X86) && defined(__linux__)
   if (&fastrnn_emulates_amx) return true;
   unsigned a, b, c, d;
   constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile) == 0 || (d & bf16) == 0) return false;
-  constexpr long request_permission = 0x1023, tile_data = 18;
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#else
-  return false;
-#endif
+  constexpr long which_are_supported = 0x1021;
+  uint64_t states = 0;
+  return syscall(SYS_arch_prctl, which_are_supported, &states) == 0 && (states >> tile_data & 1);
 }
+
+// Asks for the room to save tiles in, which a process is given on request: only where they are to be used, because it
+// makes every signal's frame larger from then on.
+bool permit_amx() {
+  constexpr long request_permission = 0x1023;
+  return &fastrnn_emulates_amx || syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#else
+bool has_amx() { return false; }
+bool permit_amx() { return false; }
+#endif
+
+bool may_run(const Kernels* table) { return table != &amx::table || permit_amx(); }
+#else
+bool may_run(const Kernels*) { return true; }
+#endif
 
 bool runs_here(const char* isa) {
 #ifdef FASTRNN_X86
@@ -72,6 +88,7 @@ struct Default {
     const char* wanted = std::getenv("FASTRNN_ISA");
     if (wanted && *wanted) {
       table = find(wanted);
+      if (table && !may_run(table)) table = nullptr;
       if (!table) rejected = wanted;
     }
     if (!table) {
@@ -120,7 +137,7 @@ FASTRNN_EXPORT Wavefront plan_wavefront(const Layer& first, const Layer& upper, 
 
 FASTRNN_EXPORT bool force(const char* isa) {
   const Kernels* table = *isa ? find(isa) : nullptr;
-  if (*isa && !table) return false;
+  if (*isa && (!table || !may_run(table))) return false;
   forced.store(table, std::memory_order_release);
   return true;
 }

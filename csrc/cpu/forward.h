@@ -43,7 +43,7 @@ struct ForwardPass {
 
   // Of one slice in one direction, shared by its parts.
   struct State {
-    T* h[2];      // [rows][Pp] as words: the state that enters even, odd steps
+    T* h[2];      // [rows, and row_beyond][row_w] as words: the state that enters even, odd steps
     T* h_raw;     // [rows][Hp] before a projection
     T* h_own[2];  // [rows][own_w] h itself, where the cell or a small row's product reads it and words do not hold it
     T* c;         // [rows][Hp]
@@ -162,7 +162,9 @@ struct ForwardPass {
       carve.gap();
       for (T*& h : s.h) h = carve.take<T>((longest + O::row_beyond) * row_w);
       s.h_raw = projected ? carve.take<T>(longest * Hp) : nullptr;
-      for (T*& h : s.h_own) h = carve.take<T>(keeps_h ? longest * own_w : 0);
+      s.h_own[0] = carve.take<T>(keeps_h ? longest * own_w : 0);
+      // Where only the cell reads them, each unit's is read before it is written.
+      s.h_own[1] = O::keeps_small ? carve.take<T>(longest * own_w) : s.h_own[0];
       s.c = carve.take<T>(Cell::has_c ? longest * Hp : 0);
       s.h_reset = p.h_reset ? carve.take<T>(longest * Pp) : nullptr;
       s.c_reset = p.c_reset ? carve.take<T>(longest * Hp) : nullptr;
@@ -334,7 +336,7 @@ struct ForwardPass {
     load_row<O>(state_storage, h_first, row, p.P, Pp, h);
     if (keeps_h) {
       load_row<Singles<V>>(state_storage, h_first, row, p.P, own_w, s.h_own[0] + i * own_w);
-      __builtin_memcpy(s.h_own[1] + i * own_w, s.h_own[0] + i * own_w, size_t(own_w) * sizeof(T));
+      if (O::keeps_small) __builtin_memcpy(s.h_own[1] + i * own_w, s.h_own[0] + i * own_w, size_t(own_w) * sizeof(T));
     }
     if (Cell::has_c) load_row<Singles<V>>(state_storage, c_first, row, p.H, Hp, s.c + i * Hp);
     if (p.h_reset) load_row<Singles<V>>(state_storage, p.h_reset, again, p.P, Pp, s.h_reset + i * Pp);

@@ -1,7 +1,7 @@
 // Instantiates the passes for every cell and compute type into one table for the ISA of the including file.
 //
 // Included with FASTRNN_NAMESPACE (and FASTRNN_ISA_AVX2 or FASTRNN_ISA_AVX512, or with the latter FASTRNN_ISA_AMX) set.
-// With AMX, tables of kernels that go by tiles, and hand what those do not serve to avx512's. Everything but the table
+// With AMX, a table whose kernels go by tiles, and hand what those do not serve to avx512's. Everything but the table
 // lies in an anonymous namespace: no symbol built with wide instructions can be picked by the linker for another tier,
 // and no standard header that defines inline functions is included.
 #include <cstdint>
@@ -199,7 +199,7 @@ constexpr Kernels make_table(const char* isa) {
 }
 
 #else
-#include "tiled.h"
+#include "amx_table.h"
 #endif
 
 }  // namespace
@@ -207,8 +207,7 @@ constexpr Kernels make_table(const char* isa) {
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
 #if defined(FASTRNN_ISA_AMX)
-constexpr Kernels built = make_table();
-const Kernels table = built;
+const Kernels table = make_table();
 #else
 const Kernels table = make_table<Products::singles>(FASTRNN_NAME(FASTRNN_NAMESPACE));
 #endif

@@ -38,27 +38,40 @@ void ForwardPass<Cell, V, O>::tiled_step(const Worker& w, const Step& s, int64_t
 
 // ------------------------------------------------------------------------------------------------- BackwardPass
 
-// carry() by tiles: of the chain's words instead of the buffer's values, but for rows too small for them.
+// carry() by tiles: of the chain's words instead of the buffer's values. Where rows are too small for them, of words
+// cut anew from these values, scaled.
 template <class Cell, class V, class O>
 void BackwardPass<Cell, V, O>::tiled_carry(Worker& w, const Step& s, int64_t from, int64_t carried) {
+  const T* words = s.state.chain[from & 1];
   if constexpr (O::keeps_small) {
     zero(s.state.peaks[s.t & 1] + w.part * longest * W, s.now * W);
+    bool scaled = false;
     for (int64_t i = 0; i < carried; ++i) {
       V most = V::set(0);
       for (int part = 0; part < split.parts; ++part)
         most = max(most, V::load(s.state.peaks[from & 1] + (part * longest + i) * W));
-      w.small[i] = is_small(most);
+      w.back[i] = is_small(most) ? 0 : 1;
+      scaled = scaled || is_small(most);
     }
+    for (int64_t i = 0; scaled && i < carried; ++i) {
+      if (w.back[i] == 0)
+        w.back[i] = cut_dgates(w, w.rows[i].dgates, i);
+      else
+        __builtin_memcpy(w.split + i * chain_w, words + i * chain_w, size_t(chain_w) * sizeof(T));
+    }
+    if (scaled) words = w.split;
   }
+  const int64_t depth = G * O::chunks(p.H);
   over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
     constexpr int U = decltype(u)::value;
     const T* tiles = w_hh[s.d].data + block * W * G * Hw;
-    const T* words = s.state.chain[from & 1];
-    const int64_t depth = G * O::chunks(p.H);
     over_tiled_rows<O::pieces, U>(0, carried, words, chain_w, tiles, depth, [&](int64_t i, V(&sum)[U]) {
-      if (O::keeps_small && (w.small[i] || any_nan(sum))) {
-        load_dgates(w.rows[i].dgates, w.loose);
-        single_row<O::pieces>(sum, w.loose, tiles, depth);
+      if constexpr (O::keeps_small) {
+        for (int v = 0; v < U; ++v) sum[v] = sum[v] * V::set(w.back[i]);
+        if (any_nan(sum)) {
+          load_dgates(w.rows[i].dgates, w.loose);
+          single_row<O::pieces>(sum, w.loose, tiles, depth);
+        }
       }
       for (int v = 0; v < U; ++v) arrive(w, s, i, block + v, sum[v]);
     });
@@ -87,6 +100,17 @@ void BackwardPass<Cell, V, O>::load_dgates(const T* dgates, T* to) const {
   for (int g = 0; g < G; ++g)
     for (int64_t block = 0; block < blocks; ++block)
       first_lanes(V::load(dgates + (g * blocks + block) * R * W), p.H - block * W).store(to + g * padded + block * W);
+}
+
+// The same as words, in row `row` of w.split; scaled if they are small. Returns what undoes that.
+template <class Cell, class V, class O>
+typename V::T BackwardPass<Cell, V, O>::cut_dgates(const Worker& w, const T* dgates, int64_t row) const {
+  load_dgates(dgates, w.loose);
+  const V largest = O::keeps_small ? largest_of(w.loose, loose_w) : V::set(0);
+  const Scale scale(is_small(largest) ? largest : V::set(0), -40);
+  for (int64_t unit = 0; unit < loose_w; unit += W)
+    O::store(V::load(w.loose + unit) * V::set(scale.by), w.split + row * chain_w, unit, W);
+  return scale.back;
 }
 
 // By what a row of `count` vectors is to be multiplied before it is cut into pieces; `back` undoes it. Mostly its first
@@ -126,6 +150,19 @@ typename V::T BackwardPass<Cell, V, O>::scale_state(const Row& row, T& back) con
   return small_scale(out_blocks, vector, back);
 }
 
+// The same for its state before the projection.
+template <class Cell, class V, class O>
+typename V::T BackwardPass<Cell, V, O>::scale_raw(const Row& row, T& back) const {
+  const auto vector = [&](int64_t j) {
+    if constexpr (Cell::has_c) {
+      const V c = first_lanes(V::load(row.tape + state_block * tape_h + j * W), p.H - j * W);
+      return c * V::load(row.tape + Cell::O * tape_h + j * W);
+    }
+    return V::set(0);  // only a cell with c is projected
+  };
+  return small_scale(blocks, vector, back);
+}
+
 // The gradient of the input, two tiles of rows at a time. Small rows are scaled before they are cut into pieces.
 template <class Cell, class V, class O>
 template <class F>
@@ -136,14 +173,7 @@ void BackwardPass<Cell, V, O>::tiled_input_gradient(const Worker& w, int d, int6
   for (int64_t first = 0; first < count; first += most) {
     const int64_t n = smaller(most, count - first);
     T back[most];
-    for (int64_t r = 0; r < n; ++r) {
-      load_dgates(dgates + (first + r) * W, w.loose);
-      const V largest = O::keeps_small ? largest_of(w.loose, loose_w) : V::set(0);
-      const Scale scale(is_small(largest) ? largest : V::set(0), -40);
-      for (int64_t unit = 0; unit < loose_w; unit += W)
-        O::store(V::load(w.loose + unit) * V::set(scale.by), w.split + r * chain_w, unit, W);
-      back[r] = scale.back;
-    }
+    for (int64_t r = 0; r < n; ++r) back[r] = cut_dgates(w, dgates + (first + r) * W, r);
     over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* tiles = w_ih[d].data + block * W * G * Hw;
@@ -179,7 +209,7 @@ struct GradientTasks<f32, Tiles<P>> {
 
   // scratch: room for the left operand's tiles.
   static void run(const Sum& s, int64_t block, bool first, T* scratch) {
-    const int64_t units = smaller(W, s.units - block * W), chunks = Tiles<P>::chunks(s.rows);
+    const int64_t units = smaller(W, s.units - block * W);
     const T* left = s.left + block * s.left_ld * W;
     if (s.bias) add_up<Singles<V>, V>(left, s.rows, units, first, s.bias + block * W);
     if (s.weight == nullptr) return;
@@ -187,8 +217,21 @@ struct GradientTasks<f32, Tiles<P>> {
     V largest = V::set(0);
     for (int64_t i = 0; Tiles<P>::keeps_small && i < s.rows; ++i)
       largest = max(largest, absolute(first_lanes(V::load(left + i * W), units)) * V::set(undone(i)));
-    const Scale scale(largest, -40);
-    for (int64_t c = 0; c < chunks; ++c) {
+    // High enough for what is small on either side, if the right operand is not too large for that.
+    T back = cut_left(s, left, scratch, undone, Scale(largest, 40));
+    over_groups<group_vectors>(0, s.vectors(), [&](auto n, int64_t vector) {
+      constexpr int N = decltype(n)::value;
+      if (multiply<N>(s, scratch, block, units, vector, first, back, Tiles<P>::keeps_small)) return;
+      back = cut_left(s, left, scratch, undone, Scale(largest, -40));
+      multiply<N>(s, scratch, block, units, vector, first, back, false);
+    });
+  }
+
+ private:
+  // A block of the left operand as tiles, scaled; returns what undoes that.
+  template <class F>
+  static T cut_left(const Sum& s, const T* left, T* scratch, const F& undone, const Scale& scale) {
+    for (int64_t c = 0; c < Tiles<P>::chunks(s.rows); ++c) {
       V rows[2][W];
       for (int64_t i = 0; i < chunk_depth; ++i) {
         const int64_t row = c * chunk_depth + i;
@@ -205,19 +248,21 @@ struct GradientTasks<f32, Tiles<P>> {
           _mm512_storeu_si512(to + q * tile_floats, _mm512_inserti64x4(_mm512_castsi256_si512(low[q]), high[q], 1));
       }
     }
-    over_groups<group_vectors>(0, s.vectors(), [&](auto n, int64_t vector) {
-      multiply<decltype(n)::value>(s, scratch, block, units, vector, chunks, first, scale.back);
-    });
+    return scale.back;
   }
 
- private:
+  // N vectors of columns; false, and nothing done, if all sums have to be finite and one is not.
   template <int N>
-  static void multiply(const Sum& s, const T* left, int64_t block, int64_t units, int64_t vector, int64_t chunks,
-                       bool first, T back) {
+  static bool multiply(const Sum& s, const T* left, int64_t block, int64_t units, int64_t vector, bool first, T back,
+                       bool finite) {
     constexpr int64_t tile = tile_floats * int64_t(sizeof(T));
     alignas(64) T out[tile_height * N * W];
     const TileStrides by{64, tile, 0, tile, s.right_ld * W * int64_t(sizeof(T))};
-    multiply_tiles<P, 1, N>(left, s.right + vector * s.right_ld * W, by, tile_height, chunks, out, N * W);
+    multiply_tiles<P, 1, N>(left, s.right + vector * s.right_ld * W, by, tile_height, Tiles<P>::chunks(s.rows), out,
+                            N * W);
+    V check = V::set(0);  // NaN where there is one, or an infinite one
+    for (int64_t i = 0; finite && i < units * N; ++i) check = fma(V::load(out + i * W), V::set(0), check);
+    if (_mm512_cmp_ps_mask(check.v, check.v, _CMP_UNORD_Q)) return false;
     for (int64_t r = 0; r < units; ++r)
       for (int v = 0; v < N; ++v) {
         const int64_t column = (vector + v) * W, n = smaller(W, s.columns - column);
@@ -225,5 +270,6 @@ struct GradientTasks<f32, Tiles<P>> {
         const V sum = V::load(out + (r * N + v) * W) * V::set(back);
         (first ? sum : V::load(to, int(n)) + sum).store(to, int(n));
       }
+    return true;
   }
 };

@@ -13,13 +13,14 @@
 //
 // Infinity and NaN: the first pieces are held at the largest bfloat16, the last is what is left, so it alone is
 // infinite or NaN, and it is multiplied by the other side's first piece alone: what comes out is what float32 gives.
-// Numbers next to the largest float32 are exact for the same reason. A product far beyond it has pieces of both signs
-// that are, and gives NaN: where sums are to be float32's, NaN is computed again by fma (single_row).
+// Numbers next to the largest float32 are exact for the same reason; a product within a hundredth of it may be
+// infinite. One far beyond it has pieces of both signs that are, and gives NaN: where sums are to be float32's, NaN is
+// computed again by fma (single_row).
 //
 // Small ones: the instruction takes what is below 2^-126 for zero, of pieces and of products. Weights are therefore
 // held against `least_weight` before tiles are chosen (tiles_serve), and rows of the left matrix against `least_row`: a
-// row whose largest value is smaller is multiplied by fma as well. Where there is no row to do that with, it is scaled
-// by a power of two before it is cut into pieces (Scale), to where neither it nor a product with the largest is lost.
+// row whose largest value is smaller is multiplied by fma as well, forward, where that is seldom. Back, where gradients
+// vanish, it is scaled by a power of two before it is cut into pieces (Scale).
 
 constexpr float least_weight = 0x1p-10f, least_row = 0x1p-80f;
 constexpr float least_scaled = 0x1p-40f;  // inputs and states below are scaled where they are multiplied by gradients
