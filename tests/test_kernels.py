@@ -24,10 +24,12 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 VECTORS = {"avx2": AVX2, "avx512": AVX512, "amx": AVX512}
-# Of vector tiers UndefinedBehaviorSanitizer sees nothing that it does not see of the scalar one, for twice the time.
 SANITIZERS = {
-    "address": (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], {}),
-    "thread": (["-fsanitize=thread"], {}),
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+# Of vector tiers UndefinedBehaviorSanitizer sees nothing that it does not see of the scalar one, for twice the time.
+DRIVERS = {name: (flags, {}) for name, flags in SANITIZERS.items()} | {
     "address, every tier": (["-fsanitize=address"], VECTORS),
     "thread, every tier": (["-fsanitize=thread"], VECTORS),
 }
@@ -40,7 +42,7 @@ def driver(tmp_path_factory):
 
     def build(name):
         if name not in built:
-            built[name] = build_driver(tmp_path_factory.mktemp("driver"), *SANITIZERS[name])
+            built[name] = build_driver(tmp_path_factory.mktemp("driver"), *DRIVERS[name])
         return built[name]
 
     return build
