@@ -289,7 +289,7 @@ def test_the_environment(value, path, rejected):
 # ----------------------------------------------------------------------------------------------------- the whole stack
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA itself, which leaves no place for another")
 def test_on_an_emulated_gpu(tmp_path):
     import emulated
