@@ -4,7 +4,7 @@
 # are missing are added, torch is left alone. Otherwise a virtual environment is made in .venv.
 #
 #   make demo ARGS="--cell gru"      train twice and compare; arguments go to `python -m fastrnn demo`
-#   make test ARGS="-k lstm"         the whole suite, two tests at a time; arguments go to pytest (-n 0: one at a time)
+#   make test ARGS="-k lstm"         the suite, two tests at a time; arguments go to pytest (-n 0: one at a time)
 #   make lint                        ruff and clang-format
 #   make build                       compile what changed
 #   make clean                       remove everything that was made, .venv included
