@@ -182,6 +182,7 @@ def write_ninja(folder, version):
     # Object -> its source and flags.
     objects = {
         "ops": ("csrc/ops.cpp", f"-isystem '{headers['torch']}'"),
+        "threads": ("csrc/threads.cpp", f"-isystem '{headers['torch']}'"),
         "dispatch": ("csrc/cpu/dispatch.cpp", ""),
         "workspace": ("csrc/cpu/workspace.cpp", ""),
         "plan": ("csrc/cpu/plan.cpp", ""),

@@ -15,6 +15,7 @@
 
 #include "cells.h"
 #include "cpu/dispatch.h"
+#include "packed.h"
 #include "stable.h"
 
 namespace fastrnn {
@@ -292,33 +293,12 @@ void check_weights(Problem& p, const Arguments& a) {
   }
 }
 
-// Weights that are kept packed: this, then what Kernels::pack wrote for each layer and direction.
-struct alignas(64) PackedHeader {
-  char magic[8];
-  char isa[16];
-  CellKind cell;
-  Dtype dtype;
-  Precision precision;
-  int D, projected, bias;
-  int64_t layers, I, H, P;
-  int64_t size, first_size;  // bytes of one direction: of a layer, of the first one
-
-  int64_t bytes() const { return int64_t(sizeof(PackedHeader)) + D * (first_size + (layers - 1) * size); }
-  // Where layer k, direction d begins.
-  int64_t place(int64_t k, int d) const {
-    return int64_t(sizeof(PackedHeader)) + (k ? D * (first_size + (k - 1) * size) + d * size : d * first_size);
-  }
-};
-constexpr char packed_magic[8] = "fastrnn";
-
 // The header of the argument `packed`, which may be any tensor.
 const PackedHeader& packed_header(const Tensor& packed) {
   const bool bytes = packed.defined() && packed.is_cpu() && dtype_of(packed) == aoti_torch_dtype_uint8() &&
-                     packed.dim() == 1 && packed.is_contiguous() && packed.size(0) >= int64_t(sizeof(PackedHeader)) &&
-                     reinterpret_cast<uintptr_t>(packed.data_ptr()) % 64 == 0;
-  const auto* header = bytes ? static_cast<const PackedHeader*>(packed.data_ptr()) : nullptr;
-  if (!header || std::memcmp(header->magic, packed_magic, sizeof packed_magic) || packed.size(0) != header->bytes())
-    fail("packed: expected what fastrnn::pack returned, got another tensor");
+                     packed.dim() == 1 && packed.is_contiguous();
+  const PackedHeader* const header = bytes ? header_at(packed.data_ptr(), packed.size(0)) : nullptr;
+  if (!header) fail("packed: expected what fastrnn::pack returned, got another tensor");
   if (std::strcmp(header->isa, current().isa))
     fail("packed: expected weights packed for ", current().isa, ", got some packed for ", header->isa);
   return *header;

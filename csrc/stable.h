@@ -1,38 +1,31 @@
-// The one door to torch, for arguments.h and the operators: errors, dtypes, devices, tensors, boxed arguments and
-// threads over the stable ABI, so that what is built here runs under every torch from 2.11 on.
+// The door to torch, for arguments.h and the operators: dtypes, devices, tensors and boxed arguments over the stable
+// ABI, so that what is built here runs under every torch from 2.11 on.
 #pragma once
 
-#include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
+#include "errors.h"
 #include "problem.h"
-
-// Absent from torch 2.11 and 2.12, and from an OpenMP-less torch: null then.
-extern "C" {
-__attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
-__attribute__((weak)) int omp_in_parallel();
-__attribute__((weak)) int omp_get_max_active_levels();
-__attribute__((weak)) void omp_set_max_active_levels(int);
-}
+#include "threads.h"
 
 namespace fastrnn {
 namespace {
 
 namespace stable = torch::stable;
 using stable::Tensor;
+
+// ---------------------------------------------------------------------------------------------------------- shapes
 
 // A shape without an allocation: every call makes and checks a dozen.
 struct Shape {
@@ -45,15 +38,6 @@ struct Shape {
   bool operator==(const Tensor& t) const { return t.dim() == dim && std::equal(sizes, sizes + dim, t.sizes().data()); }
 };
 
-// ---------------------------------------------------------------------------------------------------------- errors
-
-template <class... Args>
-[[noreturn]] void fail(const Args&... args) {
-  std::ostringstream text;
-  (text << ... << args);
-  throw std::runtime_error(text.str());
-}
-
 std::string text_of(const int64_t* sizes, int64_t n) {
   std::ostringstream text;
   text << "(";
@@ -63,13 +47,6 @@ std::string text_of(const int64_t* sizes, int64_t n) {
 }
 
 std::string shape_of(const Tensor& t) { return text_of(t.sizes().data(), t.dim()); }
-
-// Not STABLE_TORCH_ERROR_CODE_CHECK, whose message is the source line of the call instead of torch's own words.
-void succeed(AOTITorchError code, const char* doing) {
-  if (code == TORCH_SUCCESS) return;
-  if (torch_exception_get_what_without_backtrace) fail(torch_exception_get_what_without_backtrace());
-  fail("fastrnn: ", doing, " failed");
-}
 
 // ---------------------------------------------------------------------------------------------------------- dtypes
 
@@ -195,54 +172,6 @@ Tensor empty_rows(int64_t T, int64_t B, int64_t C, bool batch_major, int32_t dty
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : stable::contiguous(t); }
-
-// --------------------------------------------------------------------------------------------------------- threads
-
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-void run_serial(void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* argument) { body(argument, 0, n); }
-
-void run_parallel(void*, int64_t n, void (*body)(void*, int64_t, int64_t), void* argument) {
-  struct Job {
-    void (*body)(void*, int64_t, int64_t);
-    void* argument;
-  } job{body, argument};
-  succeed(torch_parallel_for(
-              0, n, 1,
-              [](int64_t begin, int64_t end, void* context) {
-                const Job& job = *static_cast<Job*>(context);
-                job.body(job.argument, begin, end);
-              },
-              &job),
-          "running a kernel on torch's threads");
-}
-
-// torch's pool; one worker inside somebody's parallel region and in a forked child, where the pool's threads are gone.
-Team team() {
-  if (forked || (omp_in_parallel && omp_in_parallel())) return {1, run_serial, nullptr};
-  // Workers wait for each other: without OpenMP nobody promises that they run at the same time.
-  if (!omp_in_parallel) return {1, run_serial, nullptr};
-  const int threads = std::min(static_cast<int>(stable::get_num_threads()), cpu_quota());
-  return {threads, threads > 1 ? run_parallel : run_serial, nullptr};
-}
-
-// torch's copies and products would wait for ever for the pool that a forked child lost. No active level of parallelism
-// serves them one thread, whatever number of threads the product library was told to use.
-class SerialInForkedChild {
- public:
-  SerialInForkedChild() {
-    if (!forked || !omp_get_max_active_levels || !omp_set_max_active_levels) return;
-    levels_ = omp_get_max_active_levels();
-    omp_set_max_active_levels(0);
-  }
-  ~SerialInForkedChild() {
-    if (levels_ >= 0) omp_set_max_active_levels(levels_);
-  }
-
- private:
-  int levels_ = -1;
-};
 
 // ----------------------------------------------------------------------------------------------------------- arguments
 
