@@ -29,7 +29,8 @@ struct ForwardPass {
   const bool keeps_h = (Cell::reads_h && !O::exact(storage)) || O::keeps_small;
   const int64_t own_w = O::tiled ? round_up(larger(Hp, Pp), 2 * W) : Hp;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
-  const bool dot = !prepacked && p.T == 1 && p.B <= dot_rows;  // by the whole batch: no cut into slices changes bits
+  // By the whole batch: no cut into slices changes bits.
+  const bool dot = !prepacked && !O::tiled && p.T == 1 && p.B <= dot_rows(p.H, !as_words);
   Split split;
   Packed<V, G> w_ih[2], w_hh[2];
   Packed<V, 1> w_hr[2];

@@ -178,9 +178,33 @@ static const typename V::T* group_at(const Packed<V, G>& m, const Source& from, 
   return panel;
 }
 
-// A batch of at most this many rows, for one step, is multiplied by dot products with the weights' own rows:
-// loading each weight once then costs less than packing it.
-constexpr int64_t dot_rows = f32::lanes > 1 ? 4 : 0;
+// How many rows one step may have that is multiplied by dot products with the weights' own rows, which then are not
+// packed: more where they are many, so that reading and writing them is what packing costs. copied: rows of weights are
+// not read as they lie.
+inline int64_t dot_rows(int64_t H, bool copied) {
+  constexpr int64_t few = 4, some = 8, many_units = 96;
+  return f32::lanes == 1 ? 0 : H < many_units || copied ? few : some;
+}
+
+// The sums of `lanes` vectors: lane i of the result is that of vector i, whose lanes are added as a tree, i to
+// i + lanes / 2 first.
+template <class V>
+FASTRNN_INLINE V sums(V (&part)[V::lanes]) {
+#pragma GCC unroll 4
+  for (int half = V::lanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) part[i] = zip_low(part[i], part[i + half]) + zip_high(part[i], part[i + half]);
+  return part[0];
+}
+
+// How many weight rows M rows are multiplied with at a time: so many sums stay in registers, and each vector of weights
+// is used M times.
+template <class V, int M>
+constexpr int dot_strip() {
+  int strip = V::lanes < 8 ? V::lanes : 8;
+  while (strip > 1 && strip * M > accumulators) strip /= 2;
+  return strip;
+}
 
 // sum[m][v] = dot product of row m of a with the weight rows that are vector v of the group at block `first`. Lane i of
 // a dot product takes every lanes-th k from i on; the lanes are added as a tree. scratch as for pack_group.
@@ -189,35 +213,36 @@ static void dot_group(V (&sum)[M][N], const typename V::T* a, int64_t lda, const
                       const Storage<V>& storage, int64_t first, typename V::T* scratch) {
   using T = typename V::T;
   const int64_t K = O::words(from.ld);
-  constexpr int W = V::lanes;
+  constexpr int W = V::lanes, R = dot_strip<V, M>();
   for (int v = 0; v < N; ++v) {
     const int64_t unit = (first + v / G) * W, n = smaller(W, from.units - unit);
     const T* rows[W];
     weight_rows<O>(from, storage, v % G, unit, n, rows, scratch);
     for (int64_t lane = n; lane < W; ++lane) rows[lane] = rows[0];  // padding: any finite number will do
-    for (int m = 0; m < M; ++m) {
-      const T* left = a + m * lda;
-      V part[W];
-#pragma GCC unroll 16
-      for (int lane = 0; lane < W; ++lane) part[lane] = V::set(0);
+    alignas(64) T dots[M][W][W];
+    for (int strip = 0; strip < W; strip += R) {
+      V part[M][R];
+      clear(part);
       int64_t k = 0;
-      for (; k + W <= K; k += W) {
-        const V x = V::load(left + k);
-#pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) part[lane] = O::multiply_add(V::load(rows[lane] + k), x, part[lane]);
-      }
+      for (; k + W <= K; k += W)
+        multiply_add<O>(
+            part, [&](int m) { return V::load(a + m * lda + k); }, [&](int r) { return V::load(rows[strip + r] + k); });
       if (k < K) {
         const int rest = int(K - k);
-        const V x = V::load(left + k, rest);
-#pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) part[lane] = O::multiply_add(V::load(rows[lane] + k, rest), x, part[lane]);
+        multiply_add<O>(
+            part, [&](int m) { return V::load(a + m * lda + k, rest); },
+            [&](int r) { return V::load(rows[strip + r] + k, rest); });
       }
-      transpose(part);
-#pragma GCC unroll 4
-      for (int half = W / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) part[i] = part[i] + part[i + half];
-      sum[m][v] = part[0];
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) part[m][r].store(dots[m][strip + r]);
+    }
+    for (int m = 0; m < M; ++m) {
+      V part[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) part[i] = V::load(dots[m][i]);
+      sum[m][v] = sums(part);
     }
   }
 }
