@@ -15,6 +15,7 @@ import torch
 
 import fastrnn
 from fastrnn import bench, check, demo
+from fastrnn.terminal import interrupted
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         args.command.error(str(error))
     except KeyboardInterrupt:
         print(f"\n{args.command.prog}: interrupted, nothing written", file=sys.stderr)
-        return 130
+        return interrupted()
     except BrokenPipeError:  # `| head`: the reader has gone; without this Python complains again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

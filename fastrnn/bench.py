@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import fastrnn
-from fastrnn import _C, bench_report, measure, roofline, workloads
+from fastrnn import _C, bench_report, measure, roofline, terminal, workloads
 from fastrnn.demo import BadArgument
 from fastrnn.peers import PEERS
 from fastrnn.terminal import print_table
@@ -293,4 +293,4 @@ def measure_and_report(args: argparse.Namespace, chosen: list[workloads.Workload
         }
         paths["json"].write_text(json.dumps(everything, indent=1) + "\n")
         print(f"Results: {paths['json']}")
-    return 130 if interrupted else 0
+    return terminal.interrupted() if interrupted else 0

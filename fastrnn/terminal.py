@@ -139,9 +139,19 @@ def settle(args: argparse.Namespace, full: dict, quick: dict) -> argparse.Namesp
     return args
 
 
+def interrupted() -> int:
+    """The exit code after Ctrl-C, which has been caught: 130.
+
+    An interrupt inside of exec(), by which modules that are being imported define their classes, makes Python end by
+    the signal all the same, until exec() has been called again.
+    """
+    exec("")
+    return 130
+
+
 def launch(main: Callable[[], int]) -> NoReturn:
     """Runs a program's main function and exits with what it returns; Ctrl-C ends it without a traceback."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interrupted())

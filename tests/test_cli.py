@@ -161,6 +161,14 @@ def test_ctrl_c_leaves_nothing_behind(seconds, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_inside_of_exec(tmp_path):
+    """Where Python would end by the signal, though the interrupt was caught."""
+    lines = ["import sys", "from fastrnn.terminal import interrupted", "try:", "    exec('raise KeyboardInterrupt')"]
+    for leave, code in (("sys.exit(130)", -signal.SIGINT), ("sys.exit(interrupted())", 130)):
+        (tmp_path / "program.py").write_text("\n".join([*lines, "except KeyboardInterrupt:", f"    {leave}"]))
+        assert subprocess.run([sys.executable, "-m", "program"], cwd=tmp_path, timeout=60).returncode == code
+
+
 def test_a_reader_that_goes_away(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fastrnn", "info"],
