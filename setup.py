@@ -235,10 +235,11 @@ def write_ninja(folder, version):
             *(f"build cuda/{path.name}.o | cuda/{path.name}.o.log: nvcc {relative(path)}\n" for path in kernels),
             *(compile_rule(name, source, flags) for name, (source, flags) in objects.items()),
             compile_rule("module", "csrc/module.cpp", " ".join(module_flags)),
+            compile_rule("direct", "csrc/direct.cpp", f"-isystem '{headers['py']}'"),
             f"build _ops.so: link {' '.join(f'{name}.o' for name in linked)}",
             f"  flags = {library}\n  libs = {cuda.libs if cuda else ''}'-L{torch_dir}/lib' {torch_libs}\n",
             # The module finds its neighbour wherever the package lies.
-            f"build _C.so: link module.o _ops.so\n  flags = {module}\n  libs = '{here}'\n",
+            f"build _C.so: link module.o direct.o _ops.so\n  flags = {module}\n  libs = '{here}'\n",
         ]
     )
     path = folder / "build.ninja"

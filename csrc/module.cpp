@@ -1,4 +1,5 @@
-// fastrnn._C: what was built, what runs here, and the switch that forces an instruction set. No tensor passes here.
+// fastrnn._C: what was built, what runs here, and the switch that forces an instruction set. Tensors pass in direct.cpp
+// alone.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,6 +18,7 @@
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
 #include "cuda/force.h"
+#include "direct.h"
 
 #ifndef FASTRNN_CUDA
 #define FASTRNN_CUDA_ARCHITECTURES ""
@@ -223,6 +225,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets this machine can run, narrowest first.");
   m.def("isa", [] { return current().isa; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("isa"), "Forces an instruction set for the whole process; '' for the default.");
+  m.def(
+      "allowed_precision", [](const std::string& asked) { return static_cast<int>(allowed_precision(asked.c_str())); },
+      py::arg("asked"),
+      "How much of float32 the products of the instruction set in use keep where torch's switch says 'none', 'ieee', "
+      "'tf32' or 'bf16': 0 all, 1 tf32, 2 bf16.");
   m.def("gpu_paths", &gpu_paths, "What can be forced for tensors on a GPU.");
   m.def("gpu_path", &cuda::gpu_path, "Which of them is forced; '' when none is.");
   m.def("set_gpu_path", &set_gpu_path, py::arg("path"),
@@ -248,4 +255,5 @@ PYBIND11_MODULE(_C, m) {
       "The most one thread reaches here: 'fma' in GF/s, 'load' in GB/s over a buffer of that many bytes, 'tiles' (amx "
       "alone) in GF/s of bfloat16.");
   m.def("cells", &cells, "The cells and how their pre-activations are laid out (csrc/cells.h).");
+  if (!add_direct(m.ptr())) throw py::error_already_set();
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastrnn import autograd, functional, ops
+from fastrnn import autograd, direct, functional, ops
 from fastrnn.frozen import Packing, freezable, kept, usable
 from fastrnn.modules import twin
 from fastrnn.plan import KERNEL, STEP, TORCH, plan, precision
@@ -72,14 +72,20 @@ def resolve(self, cell: str, input, hx):
     return input[None], None if h is None else h[None], None if c is None else c[None], weights
 
 
-def _step(self, input, hx):
-    """One step, as (h, c); None when torch is to have the call."""
-    cell = name(self)
-    frozen = self.__dict__.get("_frozen")
-    if frozen is not None:
-        found = frozen.call(self, input, hx, cell == "lstm", 2)
-        if found is not None:
-            return found[0], found[2]
+def _forward(self, cell: str, input, hx):
+    """One step: h, of an LSTM (h, c)."""
+    found = direct.forward(self, cell, False, input, hx)
+    if found is not None:
+        return found
+    found = _step(self, cell, input, hx)
+    if found is None:
+        base = nn.LSTMCell if cell == "lstm" else nn.GRUCell if cell == "gru" else nn.RNNCell
+        return TORCH_FORWARD[base](self, input, hx)
+    return found if cell == "lstm" else found[0]
+
+
+def _step(self, cell: str, input, hx):
+    """One step by the operators, as (h, c); None when torch is to have the call."""
     call = resolve(self, cell, input, hx)
     if call is None:
         return None
@@ -121,43 +127,40 @@ def _packing(self) -> Packing:
     return Packing(name(self), [getattr(self, n) for n in names], names, False, 1)
 
 
-@steppable(_packing, layered=False)
+@steppable(_packing, name, layered=False)
 @freezable(_packing)
 class RNNCell(nn.RNNCell):
     __doc__ = _doc(nn.RNNCell)
 
     def forward(self, input, hx=None):
         """h' (B, H) from input (B, I) and hx (B, H) or None; or all without B. Errors are torch.nn.RNNCell's."""
-        found = _step(self, input, hx)
-        return TORCH_FORWARD[nn.RNNCell](self, input, hx) if found is None else found[0]
+        return _forward(self, f"rnn_{self.nonlinearity}", input, hx)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.RNNCell, RNNCell.forward, TORCH_FORWARD[nn.RNNCell])
 
 
-@steppable(_packing, layered=False)
+@steppable(_packing, name, layered=False)
 @freezable(_packing)
 class LSTMCell(nn.LSTMCell):
     __doc__ = _doc(nn.LSTMCell)
 
     def forward(self, input, hx=None):
         """(h', c') (B, H) from input (B, I) and hx (h, c) (B, H) or None; or all without B. Errors are torch.nn's."""
-        found = _step(self, input, hx)
-        return TORCH_FORWARD[nn.LSTMCell](self, input, hx) if found is None else found
+        return _forward(self, "lstm", input, hx)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.LSTMCell, LSTMCell.forward, TORCH_FORWARD[nn.LSTMCell])
 
 
-@steppable(_packing, layered=False)
+@steppable(_packing, name, layered=False)
 @freezable(_packing)
 class GRUCell(nn.GRUCell):
     __doc__ = _doc(nn.GRUCell)
 
     def forward(self, input, hx=None):
         """h' (B, H) from input (B, I) and hx (B, H) or None; or all without B. Errors are torch.nn.GRUCell's."""
-        found = _step(self, input, hx)
-        return TORCH_FORWARD[nn.GRUCell](self, input, hx) if found is None else found[0]
+        return _forward(self, "gru", input, hx)
 
     def __prepare_scriptable__(self):
         return twin(self, nn.GRUCell, GRUCell.forward, TORCH_FORWARD[nn.GRUCell])

@@ -11,13 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from fastrnn import autograd, ops
-from fastrnn.plan import REAL, SERVED, Route, precision
-
-_step_onto = getattr(ops.step_onto, "_op", ops.step_onto)  # without the overload's frame, as ops.frozen
+from fastrnn.plan import REAL, SERVED, Route, dispatch_modes, precision
 
 
 class Frozen:
@@ -48,54 +44,6 @@ class Frozen:
                 or source.data_ptr() != address
             ):
                 return False
-        return True
-
-    def call(self, module: torch.nn.Module, input, hx, lstm: bool, dim: int, batch_first: bool = False):
-        """The results (output, h_n, c_n) of a plain call, by the shortest way, since one step takes little longer than
-        this; None when there is anything else to the call, or the operator refuses it: the long way has torch's words.
-        """
-        if type(input) is not Tensor or input.dim() != dim or not undisturbed() or not self.serves(module):
-            return None
-        h0, c0 = hx, None
-        if lstm and hx is not None:
-            if type(hx) is not tuple or len(hx) != 2 or type(hx[1]) is not Tensor:
-                return None
-            h0, c0 = hx
-        if h0 is not None and type(h0) is not Tensor:
-            return None
-        try:
-            return ops.frozen(self.packed, input, h0, c0, batch_first)
-        except RuntimeError:
-            return None
-
-    def step(self, module: torch.nn.Module, input, hx, lstm: bool, dim: int, reset, reset_state) -> bool:
-        """Whether the operator has done a step onto hx, whose tensors are to have `dim` dimensions; else the long way
-        (stepping.py)."""
-        if type(input) is not Tensor or not undisturbed() or not self.serves(module):
-            return False
-        h, c = hx, None
-        if lstm:
-            if type(hx) is not tuple or len(hx) != 2 or type(hx[1]) is not Tensor or hx[1].requires_grad:
-                return False
-            h, c = hx
-        if (
-            type(h) is not Tensor
-            or h.dim() != dim
-            or h.requires_grad
-            or (module.training and getattr(module, "dropout", 0))
-        ):
-            return False
-        layers = module.num_layers if dim == 3 else 1
-        try:
-            if reset is None:
-                _step_onto(h, c, "", input, [], self.packed, layers)
-            else:
-                starts = (None, None) if reset_state is None else reset_state if lstm else (reset_state, None)
-                _step_onto(h, c, "", input, [], self.packed, layers, reset, *starts)
-        except (RuntimeError, TypeError):
-            return False
-        # An operator without rules for autograd does not tell it what it has written to.
-        increment_version(h if c is None else hx)
         return True
 
     def __deepcopy__(self, memo):
@@ -171,8 +119,8 @@ _FREEZE = """Packs the weights once, for calls that need no gradient: they then 
 
     Costs memory for a second copy of the weights, at most in float32 for 16-bit ones. Calls that record for backward,
     want all_states, or run under autocast or torch.compile, use the weights themselves. A deep copy is frozen too, a
-    pickle is not. Results are the same bits as without, except for one step of at most 4 rows, which is otherwise
-    summed in another order.
+    pickle is not. Results are the same bits as without, except for one step of at most 4 rows (of 8 from
+    hidden_size 96 on), which is otherwise summed in another order.
 
     Raises:
         ValueError: a weight that no kernel serves (its device, dtype or tensor subclass), that is computed (a
@@ -211,7 +159,7 @@ def thaw(module: torch.nn.Module) -> None:
 
 def kept(module: torch.nn.Module, input: Tensor) -> Tensor | None:
     """The packed weights of a frozen module, for a call with this input; None when they cannot be used."""
-    if torch.compiler.is_compiling() or _dispatch_modes() or type(input) not in REAL:
+    if torch.compiler.is_compiling() or dispatch_modes() or type(input) not in REAL:
         return None
     frozen = module.__dict__.get("_frozen")
     return frozen.packed if frozen is not None and frozen.serves(module) else None
@@ -220,22 +168,3 @@ def kept(module: torch.nn.Module, input: Tensor) -> Tensor | None:
 def usable(route: Route, input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], *starts) -> bool:
     """Whether a call on this route may use kept weights: it is neither cast nor recorded for backward."""
     return route is SERVED.get(route.work) and not autograd.needed(input, h0, c0, weights, *starts)
-
-
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch = torch._C._are_functorch_transforms_active
-_tracing = torch._C._get_tracing_state
-_autocast = torch._C._is_any_autocast_enabled
-
-
-def undisturbed() -> bool:
-    """Whether a call is simply to be computed: nothing records, traces, transforms or casts it."""
-    return not (
-        torch.compiler.is_compiling()  # first: torch.compile cannot trace the others
-        or torch.is_grad_enabled()
-        or _autocast()
-        or _functorch()
-        or _dispatch_modes()
-        or _tracing()
-        or forward_ad._current_level >= 0
-    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional
+from fastrnn import direct, functional
 from fastrnn.frozen import Packing, freezable, kept, thaw
 from fastrnn.recording import recorder_of
 from fastrnn.stepping import steppable
@@ -145,13 +145,10 @@ def _forward(self, input, hx, positional, reset, lengths, all_states, reset_stat
     if all_states is not True and all_states is not False:
         raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
     extended = reset is not None or lengths is not None or all_states or reset_state is not None
-    frozen = self.__dict__.get("_frozen")
-    if frozen is not None and not extended and not (self.training and self.dropout):
-        lstm = self.mode == "LSTM"
-        found = frozen.call(self, input, hx, lstm, 3, self.batch_first)
+    if not extended:
+        found = direct.forward(self, _CELL[self.mode], True, input, hx)
         if found is not None:
-            output, h_n, c_n = found
-            return (output, (h_n, c_n)) if lstm else (output, h_n)
+            return found
     call = resolve(self, input, hx)
     if call is None:
         found = _torch_forward(self, input, hx)  # raises, as a rule
@@ -232,11 +229,15 @@ def _recomputing(base: type[nn.Module]):
     return __init__, extra_repr, False
 
 
+def _cell(self) -> str:
+    return _CELL[self.mode]
+
+
 def _packing(self) -> Packing:
-    return Packing(_CELL[self.mode], _weights(self), self._flat_weights_names, self.bidirectional, self.num_layers)
+    return Packing(_cell(self), _weights(self), self._flat_weights_names, self.bidirectional, self.num_layers)
 
 
-@steppable(_packing, layered=True)
+@steppable(_packing, _cell, layered=True)
 @freezable(_packing)
 class RNN(nn.RNN):
     __doc__ = _class_doc(nn.RNN)
@@ -249,7 +250,7 @@ class RNN(nn.RNN):
         return twin(self, nn.RNN, RNN.forward, TORCH_FORWARD[nn.RNN])
 
 
-@steppable(_packing, layered=True)
+@steppable(_packing, _cell, layered=True)
 @freezable(_packing)
 class LSTM(nn.LSTM):
     __doc__ = _class_doc(nn.LSTM)
@@ -262,7 +263,7 @@ class LSTM(nn.LSTM):
         return twin(self, nn.LSTM, LSTM.forward, TORCH_FORWARD[nn.LSTM])
 
 
-@steppable(_packing, layered=True)
+@steppable(_packing, _cell, layered=True)
 @freezable(_packing)
 class GRU(nn.GRU):
     __doc__ = _class_doc(nn.GRU)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fastrnn.ops import _C, BF16, EXACT, TF32
+from fastrnn.ops import _C, EXACT, TF32
 
 # The kernels are those of the device that the tensors are on.
 KERNEL, TRANSFORMED, TORCH, REFERENCE = "fastrnn kernel", "fastrnn kernel, transformed", "torch", "reference"
@@ -126,25 +126,38 @@ def _transform() -> str | None:
     return _FORWARD if forward_ad._current_level >= 0 else None
 
 
+dispatch_modes = torch._C._len_torch_dispatch_stack
+# What makes more of an eager call than a computation, by transforming, tracing, intercepting or casting it: functions
+# that torch.compile cannot trace.
+OBSERVERS = (
+    torch._C._is_any_autocast_enabled,
+    torch._C._are_functorch_transforms_active,
+    dispatch_modes,
+    torch._C._get_tracing_state,
+)
+
+
 def precision(work: torch.dtype, on_gpu: bool = False) -> int:
     """How much of `work` the products of a call keep: what torch's switch for RNNs on the device allows, which concerns
     float32 alone, where the kernels are the faster for it."""
     if work is not torch.float32:
         return EXACT
-    return _gpu_precision() if on_gpu else _precision()
+    return _gpu_precision() if on_gpu else cpu_precision()
 
 
 def fp32_precision(on_gpu: bool = False) -> str:
     """That switch: torch.backends.mkldnn.rnn.fp32_precision, or torch.backends.cudnn.rnn.fp32_precision, which
     torch.backends.cudnn.allow_tf32, the older one, sets too."""
-    return torch._C._get_fp32_precision_getter("cuda" if on_gpu else "mkldnn", "rnn")
+    return _fp32_precision("cuda" if on_gpu else "mkldnn", "rnn")
 
 
-def _precision() -> int:
-    asked = fp32_precision()
-    if asked == "bf16" and _C.isa() in ("avx512_bf16", "amx"):
-        return BF16
-    return TF32 if asked == "tf32" and _C.isa() == "amx" else EXACT
+_fp32_precision = torch._C._get_fp32_precision_getter
+
+
+def cpu_precision() -> int:
+    """The same for float32 on the CPU."""
+    asked = _fp32_precision("mkldnn", "rnn")
+    return EXACT if asked == "none" else _C.allowed_precision(asked)
 
 
 def _gpu_precision() -> int:
@@ -169,7 +182,7 @@ def _cudnn_version() -> int:
 
 # What torch.compiler.assume_constant_result does, without importing all of Dynamo here: torch.compile reads the
 # switches once, at compile time.
-for _switch in (_precision, _gpu_precision, _gpu_path, _onednn_enabled, _cudnn_enabled, _cudnn_version):
+for _switch in (cpu_precision, _gpu_precision, _gpu_path, _onednn_enabled, _cudnn_enabled, _cudnn_version):
     _switch._dynamo_marked_constant = True
 
 

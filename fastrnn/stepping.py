@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastrnn import ops
+from fastrnn import direct, ops
+from fastrnn.frozen import kept
 from fastrnn.plan import SERVED, STEP, plan, precision
 
 _STEP = """One step onto the states `hx`, which are overwritten. Like {forward}, but nothing is recorded for
@@ -31,19 +32,15 @@ _STEP = """One step onto the states `hx`, which are overwritten. Like {forward},
     """
 
 
-def steppable(packing, layered: bool):
-    """Class decorator: step(). packing(module) -> frozen.Packing; layered: states have a dimension of layers."""
+def steppable(packing, cell, layered: bool):
+    """Class decorator: step(). packing(module) -> frozen.Packing; cell(module) -> its name for the operator; layered:
+    states have a dimension of layers."""
 
     def decorate(kind: type) -> type:
         lstm = "LSTM" in kind.__name__
 
         def step(self, input, hx, *, reset=None, reset_state=None):
-            frozen = self.__dict__.get("_frozen")
-            if (
-                frozen is None
-                or torch.compiler.is_compiling()
-                or not frozen.step(self, input, hx, lstm, 3 if layered else 2, reset, reset_state)
-            ):
+            if not direct.step(self, cell(self), layered, input, hx, reset, reset_state):
                 with torch.no_grad():
                     _step(self, packing(self), layered, input, hx, reset, reset_state)
             if not layered:
@@ -75,8 +72,12 @@ def _step(module, packing, layered: bool, input, hx, reset, reset_state) -> None
     if _served(module, packing, layered, input, states, reset, starts):
         (h, c), (h_reset, c_reset) = (*states, None)[:2], (*starts, None)[:2]
         cell, weights, _, _, layers = packing
+        packed = kept(module, input)
         try:
-            ops.step_onto(h, c, cell, input, weights, None, layers, reset, h_reset, c_reset, precision(input.dtype))
+            ops.step_onto(
+                h, c, cell, input, [] if packed is not None else weights, packed, layers, reset, h_reset, c_reset,
+                precision(input.dtype),
+            )  # fmt: skip
         except RuntimeError:
             _check_apart(states)
             raise

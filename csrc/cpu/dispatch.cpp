@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -133,6 +134,15 @@ FASTRNN_EXPORT Split plan_split(const Layer& layer, int threads) {
 
 FASTRNN_EXPORT Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, bool backward, int threads) {
   return choose_wavefront(first, upper, count, backward, traits(first.cell), threads, current().units(first));
+}
+
+FASTRNN_EXPORT Precision allowed_precision(const char* asked) {
+  const auto one_of = [isa = current().isa](std::initializer_list<const char*> tiers) {
+    return std::any_of(tiers.begin(), tiers.end(), [isa](const char* tier) { return !std::strcmp(isa, tier); });
+  };
+  if (!std::strcmp(asked, "bf16") && one_of({"avx512_bf16", "amx"})) return Precision::bf16;
+  if (!std::strcmp(asked, "tf32") && one_of({"amx"})) return Precision::tf32;
+  return Precision::exact;
 }
 
 FASTRNN_EXPORT bool force(const char* isa) {

@@ -56,6 +56,8 @@ const Kernels& current();
 // shared out.
 Split plan_split(const Layer& layer, int threads);
 Wavefront plan_wavefront(const Layer& first, const Layer& upper, int count, bool backward, int threads);
+// How much of float32 the products of the table in use keep where torch's switch says "none", "ieee", "tf32" or "bf16".
+Precision allowed_precision(const char* asked);
 // Selects a tier by name ("" goes back to the default); false when this machine cannot run it.
 bool force(const char* isa);
 // The value of FASTRNN_ISA when it names no tier this machine can run, else null: reported, never fatal.

@@ -1,0 +1,205 @@
+// Python's tensors and objects, as direct.cpp, alone, reads and makes them: by DLPack's C exchange API and the methods
+// of torch.Tensor. Nothing here calls a function written in Python.
+#pragma once
+
+#include <Python.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <utility>
+
+#include "dlpack.h"
+#include "problem.h"
+#include "threads.h"
+
+namespace fastrnn {
+namespace {
+
+constexpr int most_layers = 8;  // more are declined
+// What use_torch() was given.
+const dlpack::ExchangeApi* exchange;  // null: everything is declined
+PyTypeObject *tensor_type, *parameter_type;
+
+// Names of attributes and keys, made once.
+struct Names {
+  PyObject *parameters, *flat_weights_names, *input_size, *hidden_size, *proj_size, *num_layers, *bidirectional,
+      *batch_first, *training, *dropout, *bias, *frozen, *packed, *sources, *version, *is_cpu, *is_neg, *is_zerotensor,
+      *requires_grad, *new_empty, *current_level, *mkldnn, *rnn;
+  PyObject* of_cell[4];
+} names;
+
+void make_names() {
+  const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
+  names.parameters = name("_parameters");
+  names.flat_weights_names = name("_flat_weights_names");
+  names.input_size = name("input_size");
+  names.hidden_size = name("hidden_size");
+  names.proj_size = name("proj_size");
+  names.num_layers = name("num_layers");
+  names.bidirectional = name("bidirectional");
+  names.batch_first = name("batch_first");
+  names.training = name("training");
+  names.dropout = name("dropout");
+  names.bias = name("bias");
+  names.frozen = name("_frozen");
+  names.packed = name("packed");
+  names.sources = name("sources");
+  names.version = name("_version");
+  names.is_cpu = name("is_cpu");
+  names.is_neg = name("is_neg");
+  names.is_zerotensor = name("_is_zerotensor");
+  names.requires_grad = name("requires_grad");
+  names.new_empty = name("new_empty");
+  names.current_level = name("_current_level");
+  names.mkldnn = name("mkldnn");
+  names.rnn = name("rnn");
+  const char* const of_cell[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
+  std::transform(of_cell, of_cell + 4, names.of_cell, name);
+}
+
+// An owned reference.
+class Owned {
+ public:
+  explicit Owned(PyObject* object = nullptr) : object_(object) {}
+  Owned(Owned&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  Owned& operator=(Owned&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Owned() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  explicit operator bool() const { return object_; }
+
+ private:
+  PyObject* object_;
+};
+
+// What a call uses: torch's methods and the kernels run without the interpreter's lock, and others may then drop
+// theirs.
+class References {
+ public:
+  void add(PyObject* object) {
+    Py_INCREF(object);
+    objects_[n_++] = object;
+  }
+  ~References() {
+    while (n_) Py_DECREF(objects_[--n_]);
+  }
+  References() = default;
+  References(const References&) = delete;
+
+ private:
+  PyObject* objects_[10 * most_layers + 16];
+  int n_ = 0;
+};
+
+// ------------------------------------------------------------------------------------------------------------ values
+
+// An int of a module's dictionary; -1 where there is none, or anything else. What a class computes is not there.
+int64_t number(PyObject* dict, PyObject* name) {
+  constexpr int64_t most = int64_t(1) << 31;
+  PyObject* const value = PyDict_GetItemWithError(dict, name);
+  const int64_t found = value && PyLong_CheckExact(value) ? PyLong_AsLongLong(value) : -1;
+  return found > most ? -1 : found;
+}
+
+// Whether it has a flag there that is so.
+bool flag_is(PyObject* dict, PyObject* name, bool expected) {
+  return PyDict_GetItemWithError(dict, name) == (expected ? Py_True : Py_False);
+}
+
+// Whether object.name, or object.name() for a method, is False.
+bool is_false(PyObject* object, PyObject* name, bool method) {
+  const Owned value(method ? PyObject_CallMethodNoArgs(object, name) : PyObject_GetAttr(object, name));
+  return value.get() == Py_False;
+}
+
+// Asked before DLPack is, which takes a millisecond to say no.
+bool is_cpu(PyObject* object) {
+  const Owned value(PyObject_GetAttr(object, names.is_cpu));
+  return value.get() == Py_True;
+}
+
+// What a tensor is and where it lies.
+struct View : dlpack::Tensor {
+  PyObject* object = nullptr;
+
+  int64_t size(int i) const { return shape[i]; }
+  int64_t stride(int i) const {
+    if (strides) return strides[i];
+    int64_t values = 1;
+    for (int k = i + 1; k < ndim; ++k) values *= shape[k];
+    return values;
+  }
+  char* begin() const { return static_cast<char*>(data) + byte_offset; }
+  int64_t bytes() const { return dtype.bits / 8; }
+  // One past the last byte, of a tensor that has some.
+  char* end() const {
+    int64_t values = 1;
+    for (int i = 0; i < ndim; ++i) values += (size(i) - 1) * stride(i);
+    return begin() + values * bytes();
+  }
+  bool contiguous() const {
+    int64_t values = 1;
+    for (int i = ndim; i-- > 0; values *= size(i))
+      if (size(i) != 1 && stride(i) != values) return false;
+    return true;
+  }
+  bool is(std::initializer_list<int64_t> sizes) const {
+    return ndim == int(sizes.size()) && std::equal(sizes.begin(), sizes.end(), shape);
+  }
+  bool overlaps(const View& other) const { return begin() < other.end() && other.begin() < end(); }
+};
+
+// Whether a tensor's values are not those in its memory, because it is a view that negates them.
+bool is_negated(PyObject* object) { return !is_false(object, names.is_neg, true); }
+
+// Whether it stands for zeros without any: its address is then an offset.
+bool has_no_memory(PyObject* object, const View& view) {
+  constexpr uintptr_t offsets = uintptr_t(1) << 40;
+  return !view.data ||
+         (reinterpret_cast<uintptr_t>(view.data) < offsets && !is_false(object, names.is_zerotensor, true));
+}
+
+// Reads a tensor with memory on the CPU, and keeps it alive.
+bool read(PyObject* object, View& view, References& kept) {
+  if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
+  kept.add(object);
+  if (is_negated(object) || exchange->tensor_from_py_object(object, &view) || view.device.type != dlpack::cpu ||
+      view.dtype.lanes != 1 || has_no_memory(object, view))
+    return false;
+  view.object = object;
+  return true;
+}
+
+bool same_type(const View& a, const View& b) { return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits; }
+
+bool dtype_of(const View& t, Dtype& dtype) {
+  const int bits = t.dtype.bits;
+  if (t.dtype.code == dlpack::brain && bits == 16)
+    dtype = Dtype::bf16;
+  else if (t.dtype.code == dlpack::floating && (bits == 16 || bits == 32 || bits == 64))
+    dtype = bits == 16 ? Dtype::f16 : bits == 32 ? Dtype::f32 : Dtype::f64;
+  else
+    return false;
+  return true;
+}
+
+// A new tensor of such a shape, of `model`'s dtype.
+bool make(const View& model, std::initializer_list<int64_t> shape, View& view, Owned& made) {
+  PyObject* arguments[5] = {model.object};
+  size_t n = 1;
+  bool ok = true;
+  const SerialInForkedChild serial;  // in deterministic mode torch fills new memory
+  for (const int64_t size : shape) ok = (arguments[n++] = PyLong_FromLongLong(size)) && ok;
+  if (ok) made = Owned(PyObject_VectorcallMethod(names.new_empty, arguments, n, nullptr));
+  while (n > 1) Py_XDECREF(arguments[--n]);
+  if (!made || exchange->tensor_from_py_object(made.get(), &view)) return false;
+  view.object = made.get();
+  return view.data;
+}
+
+}  // namespace
+}  // namespace fastrnn

@@ -1,0 +1,47 @@
+"""Calls that nobody records, by the shortest way: past torch's dispatcher, whose share of a call of few steps is larger
+than the kernel's.
+
+csrc/direct.cpp does it. It reads the module's weights and the tensors of the call as they are, by DLPack's C exchange
+API, and declines whatever is not plainly right, and everything that something traces, transforms, intercepts, casts or
+profiles. That goes the long way, by the operators, as everything does where torch has no such API.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+from fastrnn import plan
+from fastrnn.ops import _C
+
+AVAILABLE = _C.use_torch(
+    Tensor,
+    torch.nn.Parameter,
+    getattr(Tensor, "__dlpack_c_exchange_api__", None),
+    (
+        *plan.OBSERVERS,
+        torch._C._len_torch_function_stack,
+        torch.autograd._profiler_enabled,  # a profile is to show the operator
+    ),
+    vars(forward_ad),
+    torch._C._get_fp32_precision_getter,
+)
+
+
+def forward(module: torch.nn.Module, cell: str, layered: bool, input, hx):
+    """What forward(input, hx) of a module (layered) or cell returns; None when it is to go the long way."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    return _C.forward(cell, module.__dict__, layered, input, hx)
+
+
+def step(module: torch.nn.Module, cell: str, layered: bool, input, hx, reset, reset_state) -> bool:
+    """Whether it has done a step onto hx. When not, nothing has been written, and it is to go the long way."""
+    if torch.compiler.is_compiling():
+        return False
+    if not _C.step_onto(cell, module.__dict__, layered, input, hx, reset, reset_state):
+        return False
+    increment_version(hx)
+    return True
