@@ -45,4 +45,5 @@ def run_python(preload: str, *arguments: str, **environment: str) -> subprocess.
 
 def run_tests(preload: str, *arguments: str) -> subprocess.CompletedProcess:
     """pytest with these arguments, likewise. On one thread, but where a test asks for more: others are at work."""
-    return run_python(preload, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments, OMP_NUM_THREADS="1")
+    options = ["-q", "-p", "no:cacheprovider", "-p", "amx_plugin"]
+    return run_python(preload, "-m", "pytest", *options, *arguments, OMP_NUM_THREADS="1")
