@@ -48,6 +48,8 @@ help:
 demo: $(stamps)/install $(stamps)/demo
 	@$(python) -m fastrnn demo $(ARGS)
 
+# Two tests at a time, on two threads or more each: threads of torch that wait spinning would only be in the way.
+test: export OMP_WAIT_POLICY ?= passive
 test: $(stamps)/install $(stamps)/demo $(stamps)/test
 	@$(python) -m pytest -n 2 $(ARGS)
 
