@@ -1,7 +1,9 @@
-// Calls of modules and cells that nobody records, without torch's dispatcher, whose ways cost more than the kernel does
-// for few steps: for fastrnn/direct.py alone.
+// Calls of modules and cells without torch's dispatcher, whose ways cost more than the kernel does for few steps: for
+// fastrnn/direct.py and autograd.py alone.
 //
 //   forward()    the results in new tensors
+//   recorded()   the same where gradients are wanted, with what backward() needs; both of one layer
+//   backward()   its back-propagation through time: direct_backward.h
 //   step_onto()  one step, onto states that the caller owns
 //
 // Tensors are read by DLPack's C exchange API, and new ones are made by Tensor.new_empty. Whatever is not plainly right
@@ -69,7 +71,9 @@ struct Call {
   bool batch_first = false;
   Layer layer;  // of the first layer; the others differ in their input and their weights
   int64_t layers = 1;
-  Weights weights[most_layers][2];  // of each layer and direction
+  Weights weights[most_layers][2];      // of each layer and direction
+  PyObject* tensors[10 * most_layers];  // what they were read from, unless they are packed
+  int64_t count = 0;
   View x, h, c;
   References kept;
 };
@@ -149,6 +153,7 @@ bool read_weights(Call& call, PyObject* module, PyObject* parameters) {
           !view.contiguous())
         return false;
       to = view.begin();
+      call.tensors[call.count++] = weight;
       ++next;
       return true;
     };
@@ -250,6 +255,7 @@ char* of_layer(const View& all, int64_t k, int64_t rows, int64_t width) {
 struct Results {
   View y, h, c;               // y: of a module; where there is none the state stands for it
   View between[most_layers];  // the outputs of the layers below the last: of one step and direction the states
+  void* tape = nullptr;       // of one layer
   const bool* reset = nullptr;
   int64_t reset_row = 0;
   View h_reset, c_reset;
@@ -266,6 +272,7 @@ Forward layer_of(const Call& call, const Results& to, int64_t k) {
   f.c0 = of_layer(call.c, k * D, B, f.H);
   f.h_n = of_layer(to.h, k * D, B, f.P);
   f.c_n = of_layer(to.c, k * D, B, f.H);
+  f.tape = to.tape;
   const auto output = [&](int64_t layer) {
     const View& own = layer == call.layers - 1 ? to.y : to.between[layer];
     if (!own.object) return Rows{of_layer(to.h, layer * D, B, f.P), 0, f.P};
@@ -282,6 +289,19 @@ Forward layer_of(const Call& call, const Results& to, int64_t k) {
   f.h_reset = of_layer(to.h_reset, k, starts, f.P);
   f.c_reset = of_layer(to.c_reset, k, starts, f.H);
   return f;
+}
+
+// In multiplications, about.
+double work_of(const Layer& l, const CellTraits& cell) {
+  const double units = double(cell.gates) * double(l.H), step = 50, unit = 20 + double(l.P + l.I);
+  return double(l.D) * double(l.T) * double(l.B) * (step + units * unit);
+}
+
+template <class F>
+void without_lock_if(bool release, const F& f) {
+  PyThreadState* const state = release ? PyEval_SaveThread() : nullptr;
+  f();
+  if (release) PyEval_RestoreThread(state);
 }
 
 // Runs the layers from the call's states to the results' (which may be the same). Returns how many it has run: fewer
@@ -301,15 +321,7 @@ int64_t run(const Call& call, const Results& to, const Wavefront& wave) {
     } catch (const std::exception&) {
     }
   };
-  const double units = double(call.cell->gates) * double(l.H), step = 50, unit = 20 + double(l.P + l.I);
-  const double work = double(call.layers * l.D) * double(l.T) * double(l.B) * (step + units * unit);
-  if (work < worth_releasing) {
-    all();
-  } else {
-    PyThreadState* const state = PyEval_SaveThread();
-    all();
-    PyEval_RestoreThread(state);
-  }
+  without_lock_if(double(call.layers) * work_of(l, *call.cell) >= worth_releasing, all);
   return done;
 }
 
@@ -325,23 +337,24 @@ bool expect_arguments(const char* function, Py_ssize_t n, Py_ssize_t expected) {
   return false;
 }
 
-PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
-  if (!expect_arguments("forward", n, 5)) return nullptr;
-  Call call;
-  if (!read_call(call, a[0], a[1], a[2] == Py_True, a[3], a[4], true)) return decline(Py_None);
+// What owns the results of a call.
+struct Made {
+  Owned y, h, c, between[most_layers];
+};
+
+// Makes the results, and computes them; false where there is no memory.
+bool compute(const Call& call, Results& to, Made& made) {
   const View& x = call.x;
   const Layer& l = call.layer;
   const int64_t L = call.layers, states = L * l.D, width = l.D * l.P;
-  const auto make_state = [&](int64_t units, View& view, Owned& made) {
-    if (!call.batched) return call.layered ? make(x, {states, units}, view, made) : make(x, {units}, view, made);
-    return call.layered ? make(x, {states, l.B, units}, view, made) : make(x, {l.B, units}, view, made);
+  const auto make_state = [&](int64_t units, View& view, Owned& owner) {
+    if (!call.batched) return call.layered ? make(x, {states, units}, view, owner) : make(x, {units}, view, owner);
+    return call.layered ? make(x, {states, l.B, units}, view, owner) : make(x, {l.B, units}, view, owner);
   };
-  Results to;
-  Owned y, h, c, between[most_layers];
   Wavefront wave;
   if (call.layered) {
-    if (!(call.batched ? make(x, {x.size(0), x.size(1), width}, to.y, y) : make(x, {l.T, width}, to.y, y)))
-      return decline(Py_None);
+    if (!(call.batched ? make(x, {x.size(0), x.size(1), width}, to.y, made.y) : make(x, {l.T, width}, to.y, made.y)))
+      return false;
     if (L > 1 && l.T > 1) {
       Layer first = l;
       first.weights[0] = call.weights[0][0];  // packed or not
@@ -354,15 +367,65 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
       const bool last = k == L - 2;
       if (!last && wave.groups == 1)
         to.between[k] = k == L - 3 ? to.y : to.between[k + 2];
-      else if (!make(x, {l.T, l.B, width}, to.between[k], between[k]))
-        return decline(Py_None);
+      else if (!make(x, {l.T, l.B, width}, to.between[k], made.between[k]))
+        return false;
     }
   }
-  if (!make_state(l.P, to.h, h) || (call.cell->has_c && !make_state(l.H, to.c, c)) || run(call, to, wave) != L)
+  return make_state(l.P, to.h, made.h) && (!call.cell->has_c || make_state(l.H, to.c, made.c)) &&
+         run(call, to, wave) == L;
+}
+
+PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  if (!expect_arguments("forward", n, 5)) return nullptr;
+  Call call;
+  Results to;
+  Made made;
+  if (!read_call(call, a[0], a[1], a[2] == Py_True, a[3], a[4], true) || !compute(call, to, made))
     return decline(Py_None);
-  Owned state(call.cell->has_c ? PyTuple_Pack(2, h.get(), c.get()) : h.release());
+  Owned state(call.cell->has_c ? PyTuple_Pack(2, made.h.get(), made.c.get()) : made.h.release());
   if (!state || !call.layered) return state.release();
-  return PyTuple_Pack(2, y.get(), state.get());
+  return PyTuple_Pack(2, made.y.get(), state.get());
+}
+
+// Null with a Python exception; None for what is null.
+PyObject* tuple_of(PyObject* const* objects, Py_ssize_t n) {
+  PyObject* const tuple = PyTuple_New(n);
+  for (Py_ssize_t i = 0; tuple && i < n; ++i) {
+    PyObject* const object = objects[i] ? objects[i] : Py_None;
+    Py_INCREF(object);
+    PyTuple_SET_ITEM(tuple, i, object);
+  }
+  return tuple;
+}
+
+PyObject* recorded(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  if (!expect_arguments("recorded", n, 5)) return nullptr;
+  Call call;
+  if (!read_call(call, a[0], a[1], a[2] == Py_True, a[3], a[4], true)) return decline(Py_None);
+  const Layer& l = call.layer;
+  const bool own_compute = l.dtype == Dtype::f32 || l.dtype == Dtype::f64;
+  if (!call.batched || call.layers != 1 || !call.count || !own_compute) return decline(Py_None);
+  PyObject* tensors[3 + 10] = {call.x.object, call.h.object, call.c.object};
+  std::copy_n(call.tensors, call.count, tensors + 3);
+  const Py_ssize_t count = 3 + call.count;
+  if (std::all_of(tensors, tensors + count, [](PyObject* t) { return !t || is_false(t, names.requires_grad, false); }))
+    return decline(Py_False);
+  Results to;
+  Made made;
+  View tape;
+  Owned tape_owner;
+  if (!make_block(call.x, {l.D, l.T * l.B, tape_width(*call.cell, l.H, l.P, l.projected)}, tape, tape_owner))
+    return decline(Py_None);
+  to.tape = tape.begin();
+  if (!compute(call, to, made)) return decline(Py_None);
+  PyObject* outputs[3] = {};
+  Py_ssize_t results = 0;
+  for (const Owned* o : {&made.y, &made.h, &made.c})
+    if (*o) outputs[results++] = o->get();
+  const Owned all(tuple_of(outputs, results)), given(tuple_of(tensors, count));
+  const Owned precision(PyLong_FromLong(static_cast<long>(l.precision)));
+  if (!all || !given || !precision) return nullptr;
+  return PyTuple_Pack(4, all.get(), tape_owner.get(), precision.get(), given.get());
 }
 
 PyObject* step_onto(PyObject*, PyObject* const* a, Py_ssize_t n) {
@@ -408,6 +471,14 @@ PyObject* step_onto(PyObject*, PyObject* const* a, Py_ssize_t n) {
   return nullptr;
 }
 
+}  // namespace
+}  // namespace fastrnn
+
+#include "direct_backward.h"
+
+namespace fastrnn {
+namespace {
+
 PyObject* use_torch(PyObject*, PyObject* const* a, Py_ssize_t n) {
   if (!expect_arguments("use_torch", n, 6)) return nullptr;
   if (!PyType_Check(a[0]) || !PyType_Check(a[1]) || !PyTuple_CheckExact(a[3]) || !PyDict_CheckExact(a[4])) {
@@ -434,6 +505,16 @@ PyMethodDef methods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(forward)), METH_FASTCALL,
      "forward(cell, module.__dict__, layered, input, hx): what forward of a module (layered) or cell returns, which is "
      "not recorded; None where the call is not plainly right, or not a simple one."},
+    {"recorded", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(recorded)), METH_FASTCALL,
+     "recorded(cell, module.__dict__, layered, input, hx): (results, tape, precision, (input, h0, c0, *weights)) of "
+     "one "
+     "layer, for a call that is to be recorded: the results are (h,), (h, c) of a cell, else (output, h_n), (output, "
+     "h_n, c_n). False where nothing of it requires a gradient; None as for forward."},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(backward)), METH_FASTCALL,
+     "backward(cell, layered, bidirectional, batch_first, precision, (tape, *tensors), needs_input_grad, gradients): "
+     "what "
+     "a Function's backward returns whose last arguments are the tensors of `recorded`, from the gradients of its "
+     "results; None where the call is not plainly right, or not a simple one."},
     {"step_onto", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(step_onto)), METH_FASTCALL,
      "step_onto(cell, module.__dict__, layered, input, hx, reset, reset_state) -> bool: whether it has done the step "
      "onto hx. Else nothing has been written."},

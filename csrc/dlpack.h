@@ -28,6 +28,17 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
+// A tensor that owns its memory: whoever has it calls the deleter, which also frees the structure.
+struct ManagedTensor {
+  struct Version {
+    uint32_t major, minor;
+  } version;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
+
 // What a type of tensors has as `__dlpack_c_exchange_api__`, in a capsule of the name below.
 struct ExchangeApi {
   static constexpr const char* capsule = "dlpack_exchange_api";
@@ -37,7 +48,8 @@ struct ExchangeApi {
   void* previous;
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object;
-  void* managed_tensor_to_py_object;
+  // Makes a Python tensor of what it is given, which it then owns; 0, or -1 with a Python exception. May be null.
+  int (*managed_tensor_to_py_object)(ManagedTensor* tensor, void** py_object);
   // Fills in what describes a tensor, whose memory stays the owner's; 0, or -1 with a Python exception. May be null.
   int (*tensor_from_py_object)(void* py_object, Tensor* out);
   void* current_work_stream;

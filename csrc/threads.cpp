@@ -1,3 +1,4 @@
+// The threads of torch: its pool is OpenMP's where torch has that, and a forked child has none of it.
 #include "threads.h"
 
 #include <pthread.h>

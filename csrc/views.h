@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <new>
 #include <utility>
 
+#include "cpu/workspace.h"
 #include "dlpack.h"
 #include "problem.h"
 #include "threads.h"
@@ -25,7 +27,7 @@ PyTypeObject *tensor_type, *parameter_type;
 struct Names {
   PyObject *parameters, *flat_weights_names, *input_size, *hidden_size, *proj_size, *num_layers, *bidirectional,
       *batch_first, *training, *dropout, *bias, *frozen, *packed, *sources, *version, *is_cpu, *is_neg, *is_zerotensor,
-      *requires_grad, *new_empty, *current_level, *mkldnn, *rnn;
+      *requires_grad, *contiguous, *new_empty, *current_level, *mkldnn, *rnn;
   PyObject* of_cell[4];
 } names;
 
@@ -50,6 +52,7 @@ void make_names() {
   names.is_neg = name("is_neg");
   names.is_zerotensor = name("_is_zerotensor");
   names.requires_grad = name("requires_grad");
+  names.contiguous = name("contiguous");
   names.new_empty = name("new_empty");
   names.current_level = name("_current_level");
   names.mkldnn = name("mkldnn");
@@ -199,6 +202,50 @@ bool make(const View& model, std::initializer_list<int64_t> shape, View& view, O
   if (!made || exchange->tensor_from_py_object(made.get(), &view)) return false;
   view.object = made.get();
   return view.data;
+}
+
+// The same with memory that is kept for later calls (cpu/workspace.h) where fresh memory would cost its page faults;
+// for tapes and for gradients of weights, as stable.h's empty_block.
+bool make_block(const View& model, std::initializer_list<int64_t> shape, View& view, Owned& made) {
+  constexpr int64_t worthwhile = 64 * 1024;
+  constexpr int most_sizes = 3;
+  struct Block {
+    dlpack::ManagedTensor managed;
+    int64_t sizes[most_sizes], strides[most_sizes];
+  };
+  int64_t bytes = model.bytes();
+  for (const int64_t size : shape) bytes *= size;
+  if (bytes < worthwhile || !exchange->managed_tensor_to_py_object || shape.size() > most_sizes)
+    return make(model, shape, view, made);
+  Block* const block = new (std::nothrow) Block{};
+  if (!block) return false;
+  dlpack::ManagedTensor& managed = block->managed;
+  try {
+    managed.tensor.data = take_block(size_t(bytes));
+  } catch (const std::bad_alloc&) {
+    delete block;
+    return false;
+  }
+  managed.version = {dlpack::ExchangeApi::supported_major, 0};
+  managed.context = block;
+  managed.deleter = [](dlpack::ManagedTensor* self) {
+    give_block(self->tensor.data);
+    delete static_cast<Block*>(self->context);
+  };
+  managed.tensor.device = {dlpack::cpu, 0};
+  managed.tensor.ndim = int32_t(shape.size());
+  managed.tensor.dtype = model.dtype;
+  managed.tensor.shape = block->sizes;
+  managed.tensor.strides = block->strides;
+  std::copy(shape.begin(), shape.end(), block->sizes);
+  int64_t stride = 1;
+  for (int i = managed.tensor.ndim; i-- > 0; stride *= block->sizes[i]) block->strides[i] = stride;
+  void* object = nullptr;
+  if (exchange->managed_tensor_to_py_object(&managed, &object)) return false;
+  made = Owned(static_cast<PyObject*>(object));
+  if (exchange->tensor_from_py_object(made.get(), &view)) return false;
+  view.object = made.get();
+  return true;
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-"""The autograd.Functions: layers on the kernels, or one step, with back-propagation through time on the kernels.
+"""The autograd.Functions: layers on the kernels, or one step, with back-propagation through time on the kernels; and
+one that records what direct.py has computed.
 
 Bypassed when nothing needs a gradient. A backward that is itself to be differentiated (create_graph) recomputes the
 layers by transforms.py, whose gradients have gradients (in all of float32, whatever precision the forward pass was
@@ -7,10 +8,13 @@ allowed).
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from fastrnn import ops, recompute, reference, transforms
+from fastrnn.ops import _C
 
 
 class _Layers(torch.autograd.Function):
@@ -46,57 +50,81 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        cell, num_layers, bidirectional, batch_major, all_states, precision, resets, chunked, slots = ctx.arguments
+        cell, *_, slots = ctx.arguments
         needed = list(ctx.needs_input_grad[14:])
         batch_sizes, lengths, reset, *rest = ctx.saved_tensors
         tensors, saved = rest[: len(needed)], rest[len(needed) :]
-        if slots is None:
-            spread, needs = tensors, needed
-        else:
-            spread, needs = _spread(tensors, slots), _spread(needed, slots)
-        input, h0, c0, *weights = spread
-        weights, starts = (weights[:-2], weights[-2:]) if resets else (weights, ())
-        needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
+        spread, needs = (tensors, needed) if slots is None else (_spread(tensors, slots), _spread(needed, slots))
         if cell != "lstm":
             d_output, d_h_n, d_h_all = (*grads, None)[:3]
             d_c_n = d_c_all = None
         else:
             d_output, d_h_n, d_c_n, d_h_all, d_c_all = (*grads, None, None)[:5]
         incoming = (d_output, d_h_n, d_c_n, d_h_all, d_c_all)
-        arguments = (cell, input, h0, c0, weights, batch_sizes, lengths, reset)
-
-        def kernels(needs, watch=()):
-            """What the backward operators return."""
-            directions, last = (bidirectional, batch_major), (needs, precision, *starts)
-            if watch:
-                last = (needs, precision, *(starts or (None, None)), *watch)
-            if chunked:
-                h_marks, c_marks, *tapes = saved
-                return recompute.backward(
-                    *arguments, bidirectional, num_layers, precision, *(starts or (None, None)), h_marks, c_marks,
-                    tapes, *incoming, batch_major, needs, *watch,
-                )  # fmt: skip
-            if num_layers == 1:
-                return ops.layer_backward(*arguments, *saved, *incoming, *directions, *last)
-            return ops.stack_backward(*arguments, saved, *incoming[:3], *directions, num_layers, *last)
-
-        watcher = ctx.watcher
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if watcher is not None:
-                with torch.no_grad():
-                    watcher.receive(*_watched(kernels([*needs[:3], *[False] * (len(needs) - 3)], (1,)), needs))
-            more = (batch_sizes, lengths, reset, bidirectional, all_states)
-            with torch.autocast(input.device.type, enabled=False):
-                results = _differentiable(cell, num_layers, spread, more, needs, incoming, resets)
-        elif watcher is not None:
-            results = kernels(needs, (1,))
-            watcher.receive(*_watched(results, needs))
-            results = [r if n else None for r, n in zip(results, needs)]
-        else:
-            results = [r if n else None for r, n in zip(kernels(needs), needs)]
+        sequences = (batch_sizes, lengths, reset)
+        results = _gradients_of_layers(ctx.arguments[:-1], spread, needs, saved, sequences, incoming, ctx.watcher)
         if slots is not None:
             results = _gather(results, slots, len(tensors))
         return (None,) * 14 + tuple(results)
+
+
+def _gradients_of_layers(arguments, spread, needs, saved, sequences, incoming, watcher=None):
+    """From the gradients `incoming` of output, h_n, c_n, h_all, c_all those of the tensors `spread`, None where they
+    are not needed. arguments: _Layers.forward's, but for the slots; sequences: batch_sizes, lengths, reset."""
+    if _batched(incoming):
+        return _one_by_one(lambda *g: _gradients_of_layers(arguments, spread, needs, saved, sequences, g), incoming)
+    cell, num_layers, bidirectional, batch_major, all_states, precision, resets, chunked = arguments
+    input, h0, c0, *weights = spread
+    weights, starts = (weights[:-2], weights[-2:]) if resets else (weights, ())
+    needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
+    given = (cell, input, h0, c0, weights, *sequences)
+
+    def kernels(needs, watch=()):
+        """What the backward operators return."""
+        directions, last = (bidirectional, batch_major), (needs, precision, *starts)
+        if watch:
+            last = (needs, precision, *(starts or (None, None)), *watch)
+        if chunked:
+            h_marks, c_marks, *tapes = saved
+            return recompute.backward(
+                *given, bidirectional, num_layers, precision, *(starts or (None, None)), h_marks, c_marks,
+                tapes, *incoming, batch_major, needs, *watch,
+            )  # fmt: skip
+        if num_layers == 1:
+            return ops.layer_backward(*given, *saved, *incoming, *directions, *last)
+        return ops.stack_backward(*given, saved, *incoming[:3], *directions, num_layers, *last)
+
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if watcher is not None:
+            with torch.no_grad():
+                watcher.receive(*_watched(kernels([*needs[:3], *[False] * (len(needs) - 3)], (1,)), needs))
+        more = (*sequences, bidirectional, all_states)
+        return _differentiable(cell, num_layers, spread, more, needs, incoming, resets)
+    if watcher is None:
+        return [r if n else None for r, n in zip(kernels(needs), needs)]
+    results = kernels(needs, (1,))
+    watcher.receive(*_watched(results, needs))
+    return [r if n else None for r, n in zip(results, needs)]
+
+
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
+def _batched(grads) -> bool:
+    """Whether incoming gradients are a batch of them (is_grads_batched, jacobian(vectorize=True)), of torch's older
+    vmap, which has no rule for operators that return a list."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(g is not None and torch._C._dispatch_keys(g).has(_BATCHED) for g in grads)
+
+
+def _one_by_one(gradients, grads) -> list:
+    """gradients(*grads) for each of a batch of `grads`, as a batch."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    each = [torch._remove_batch_dim(g, level, -1, 0).unbind() if _batched((g,)) else itertools.repeat(g) for g in grads]
+    results = zip(*(gradients(*g) for g in zip(*each)))
+    return [None if r[0] is None else torch._add_batch_dim(torch.stack(r), 0, level) for r in results]
 
 
 def _watched(results, needs):
@@ -123,36 +151,81 @@ class _Step(torch.autograd.Function):
         tape, *tensors = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[4:])
         spread, needs = (tensors, needed) if slots is None else (_spread(tensors, slots), _spread(needed, slots))
-        needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
-        watcher = ctx.watcher
-
-        def kernels(needs, *watch):
-            input, h0, c0, *weights = spread
-            states = (None, d_h, d_c, None, None)
-            return ops.layer_backward(
-                cell, input, h0, c0, weights, None, None, None, tape, *states, False, False, needs, precision,
-                *((None, None, 1) if watch else ()),
-            )  # fmt: skip
-
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if watcher is not None:
-                with torch.no_grad():
-                    watcher.receive(*_watched(kernels([*needs[:3], *[False] * (len(needs) - 3)], True), needs))
-            lifted_d_h, lifted_d_c = None if d_h is None else d_h[None], None if d_c is None else d_c[None]
-            arguments, grads = (None, None, None, False, False), (None, lifted_d_h, lifted_d_c, None, None)
-            lifted = [*(None if t is None else t[None] for t in spread[:3]), *spread[3:]]
-            with torch.autocast(spread[0].device.type, enabled=False):
-                results = _differentiable(cell, 1, lifted, arguments, needs, grads)
-            results[:3] = [None if r is None else r.squeeze(0) for r in results[:3]]
-        elif watcher is not None:
-            results = kernels(needs, True)
-            watcher.receive(*_watched(results, needs))
-            results = [r if n else None for r, n in zip(results, needs)]
-        else:
-            results = [r if n else None for r, n in zip(kernels(needs), needs)]
+        results = _gradients_of_step(cell, precision, tape, spread, needs, d_h, d_c, ctx.watcher)
         if slots is not None:
             results = _gather(results, slots, len(tensors))
         return (None, None, None, None, *results)
+
+
+def _gradients_of_step(cell, precision, tape, spread, needs, d_h, d_c, watcher=None):
+    """From the gradients of h and c those of the tensors `spread`, None where they are not needed."""
+    if _batched((d_h, d_c)):
+        return _one_by_one(lambda *g: _gradients_of_step(cell, precision, tape, spread, needs, *g), (d_h, d_c))
+    needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
+
+    def kernels(needs, *watch):
+        input, h0, c0, *weights = spread
+        states = (None, d_h, d_c, None, None)
+        return ops.layer_backward(
+            cell, input, h0, c0, weights, None, None, None, tape, *states, False, False, needs, precision,
+            *((None, None, 1) if watch else ()),
+        )  # fmt: skip
+
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if watcher is not None:
+            with torch.no_grad():
+                watcher.receive(*_watched(kernels([*needs[:3], *[False] * (len(needs) - 3)], True), needs))
+        lifted_d_h, lifted_d_c = None if d_h is None else d_h[None], None if d_c is None else d_c[None]
+        arguments, grads = (None, None, None, False, False), (None, lifted_d_h, lifted_d_c, None, None)
+        lifted = [*(None if t is None else t[None] for t in spread[:3]), *spread[3:]]
+        results = _differentiable(cell, 1, lifted, arguments, needs, grads)
+        return [*(None if r is None else r.squeeze(0) for r in results[:3]), *results[3:]]
+    if watcher is None:
+        return [r if n else None for r, n in zip(kernels(needs), needs)]
+    results = kernels(needs, True)
+    watcher.receive(*_watched(results, needs))
+    return [r if n else None for r, n in zip(results, needs)]
+
+
+class _Recorded(torch.autograd.Function):
+    """One layer, or one step of a cell, that direct.py has computed already, in its caller's layout."""
+
+    @staticmethod
+    def forward(ctx, cell, layout, results, tape, precision, *tensors):
+        ctx.save_for_backward(tape, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.arguments = (cell, layout, precision)
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cell, layout, precision = ctx.arguments
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = _C.backward(cell, *layout, precision, saved, needs, grads)
+            if found is not None:
+                return found
+        layered, bidirectional, batch_first = layout
+        (tape, *tensors), needs = saved, needs[5:]
+        if not layered:
+            results = _gradients_of_step(cell, precision, tape, tensors, needs, *(*grads, None)[:2])
+        else:
+            d_output, d_h, d_c = (*grads, None)[:3]
+            if batch_first:
+                tensors[0] = tensors[0].transpose(0, 1)
+                d_output = None if d_output is None else d_output.transpose(0, 1)
+            arguments = (cell, 1, bidirectional, batch_first, False, precision, False, False)
+            incoming = (d_output, d_h, d_c, None, None)
+            results = _gradients_of_layers(arguments, tensors, needs, [tape], (None, None, None), incoming)
+            if batch_first and results[0] is not None:
+                results[0] = results[0].transpose(0, 1)
+        return (None,) * 5 + tuple(results)
+
+
+# _Recorded.apply(cell, layout, *what _C.recorded returned, with its tensors one by one): the results, to be
+# differentiated. layout: whether it is a module's call, which has an output; bidirectional; batch_first. Without the
+# steps that torch's own takes in Python for function transforms, of which none is active where direct.py computes.
+record = super(torch.autograd.Function, _Recorded).apply
 
 
 def _spread(unique, slots):
@@ -191,13 +264,14 @@ def _differentiable(cell, num_layers, tensors, arguments, needs, grads, resets=F
     # gradient here is that of its own place alone.
     alias = [None if t is None else t.view_as(t) for t in tensors]
     weights, starts = (alias[3:-2], alias[-2:]) if resets else (alias[3:], ())
-    outputs = reference.layers(cell, num_layers, *alias[:3], weights, *arguments, *starts, layer=_layer)
-    pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and g is not None and o.requires_grad]
-    wanted = [a for a, n in zip(alias, needs) if n]
-    found = iter(())
-    if pairs and wanted:
-        outputs, grads = zip(*pairs)
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        outputs = reference.layers(cell, num_layers, *alias[:3], weights, *arguments, *starts, layer=_layer)
+        pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and g is not None and o.requires_grad]
+        wanted = [a for a, n in zip(alias, needs) if n]
+        found = iter(())
+        if pairs and wanted:
+            outputs, grads = zip(*pairs)
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found, None) if n else None for n in needs]
 
 

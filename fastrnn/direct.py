@@ -1,5 +1,5 @@
-"""Calls that nobody records, by the shortest way: past torch's dispatcher, whose share of a call of few steps is larger
-than the kernel's.
+"""Calls of modules and cells by the shortest way: past torch's dispatcher, whose share of a call of few steps is larger
+than the kernel's. Where gradients are wanted, of one layer: autograd.py records what has been computed.
 
 csrc/direct.cpp does it. It reads the module's weights and the tensors of the call as they are, by DLPack's C exchange
 API, and declines whatever is not plainly right, and everything that something traces, transforms, intercepts, casts or
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastrnn import plan
+from fastrnn import autograd, plan
 from fastrnn.ops import _C
+from fastrnn.recording import recorder_of
 
 AVAILABLE = _C.use_torch(
     Tensor,
@@ -32,9 +33,22 @@ AVAILABLE = _C.use_torch(
 
 def forward(module: torch.nn.Module, cell: str, layered: bool, input, hx):
     """What forward(input, hx) of a module (layered) or cell returns; None when it is to go the long way."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return None
-    return _C.forward(cell, module.__dict__, layered, input, hx)
+    if not torch.is_grad_enabled():
+        return _C.forward(cell, module.__dict__, layered, input, hx)
+    if recorder_of(module) is not None or (layered and getattr(module, "recompute", False)):
+        return None
+    found = _C.recorded(cell, module.__dict__, layered, input, hx)
+    if not found:  # False: nothing of it requires a gradient
+        return None if found is None else _C.forward(cell, module.__dict__, layered, input, hx)
+    results, tape, precision, tensors = found
+    layout = (True, module.bidirectional, module.batch_first) if layered else (False, False, False)
+    results = autograd.record(cell, layout, results, tape, precision, *tensors)
+    if layered:
+        output, *states = results
+        return output, tuple(states) if cell == "lstm" else states[0]
+    return results if cell == "lstm" else results[0]
 
 
 def step(module: torch.nn.Module, cell: str, layered: bool, input, hx, reset, reset_state) -> bool:

@@ -109,7 +109,7 @@ size_t& block_size(char* block) { return *reinterpret_cast<size_t*>(block); }
 
 }  // namespace
 
-void* take_block(size_t bytes) {
+FASTRNN_EXPORT void* take_block(size_t bytes) {
   bytes += block_header;
   {
     Blocks& all = blocks();
@@ -132,7 +132,7 @@ void* take_block(size_t bytes) {
   return block + block_header;
 }
 
-void give_block(void* data) {
+FASTRNN_EXPORT void give_block(void* data) {
   char* block = static_cast<char*>(data) - block_header;
   if (block_size(block) > kept_block_bytes) return std::free(block);  // it would drive all others out
   std::vector<char*> freed;  // outside the lock: giving memory back to the system takes its time
