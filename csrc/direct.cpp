@@ -2,7 +2,7 @@
 // fastrnn/direct.py and autograd.py alone.
 //
 //   forward()    the results in new tensors
-//   recorded()   the same where gradients are wanted, with what backward() needs; both of one layer
+//   recorded()   the same where gradients are wanted, with what backward() needs
 //   backward()   its back-propagation through time: direct_backward.h
 //   step_onto()  one step, onto states that the caller owns
 //
@@ -255,7 +255,7 @@ char* of_layer(const View& all, int64_t k, int64_t rows, int64_t width) {
 struct Results {
   View y, h, c;               // y: of a module; where there is none the state stands for it
   View between[most_layers];  // the outputs of the layers below the last: of one step and direction the states
-  void* tape = nullptr;       // of one layer
+  View tape;                  // of all layers, one after the other
   const bool* reset = nullptr;
   int64_t reset_row = 0;
   View h_reset, c_reset;
@@ -272,7 +272,7 @@ Forward layer_of(const Call& call, const Results& to, int64_t k) {
   f.c0 = of_layer(call.c, k * D, B, f.H);
   f.h_n = of_layer(to.h, k * D, B, f.P);
   f.c_n = of_layer(to.c, k * D, B, f.H);
-  f.tape = to.tape;
+  if (to.tape.object) f.tape = to.tape.begin() + k * D * to.tape.stride(0) * to.tape.bytes();
   const auto output = [&](int64_t layer) {
     const View& own = layer == call.layers - 1 ? to.y : to.between[layer];
     if (!own.object) return Rows{of_layer(to.h, layer * D, B, f.P), 0, f.P};
@@ -339,11 +339,12 @@ bool expect_arguments(const char* function, Py_ssize_t n, Py_ssize_t expected) {
 
 // What owns the results of a call.
 struct Made {
-  Owned y, h, c, between[most_layers];
+  Owned y, h, c, tape, between[most_layers];
 };
 
-// Makes the results, and computes them; false where there is no memory.
-bool compute(const Call& call, Results& to, Made& made) {
+// Makes the results, and computes them; false where there is no memory. Where the call is recorded, with the tape and
+// (in between[0]) the outputs of the layers below the last, all of them.
+bool compute(const Call& call, Results& to, Made& made, bool is_recorded) {
   const View& x = call.x;
   const Layer& l = call.layer;
   const int64_t L = call.layers, states = L * l.D, width = l.D * l.P;
@@ -362,8 +363,16 @@ bool compute(const Call& call, Results& to, Made& made) {
       upper.I = width;
       wave = plan_wavefront(first, upper, static_cast<int>(L), false, team().size);
     }
+    if (is_recorded && L > 1) {
+      View& all = to.between[0];
+      if (!make(x, {L - 1, l.T, l.B, width}, all, made.between[0])) return false;
+      for (int64_t k = 1; k < L - 1; ++k) {
+        to.between[k] = all;
+        to.between[k].byte_offset += uint64_t(k * l.T * l.B * width * all.bytes());
+      }
+    }
     // Where not all run at once, two take turns, the last output's memory and one more.
-    for (int64_t k = L - 2; k >= 0 && (l.T > 1 || l.D == 2); --k) {
+    for (int64_t k = L - 2; k >= 0 && !is_recorded && (l.T > 1 || l.D == 2); --k) {
       const bool last = k == L - 2;
       if (!last && wave.groups == 1)
         to.between[k] = k == L - 3 ? to.y : to.between[k + 2];
@@ -371,6 +380,9 @@ bool compute(const Call& call, Results& to, Made& made) {
         return false;
     }
   }
+  if (is_recorded &&
+      !make_block(x, {states, l.T * l.B, tape_width(*call.cell, l.H, l.P, l.projected)}, to.tape, made.tape))
+    return false;
   return make_state(l.P, to.h, made.h) && (!call.cell->has_c || make_state(l.H, to.c, made.c)) &&
          run(call, to, wave) == L;
 }
@@ -380,7 +392,7 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
   Call call;
   Results to;
   Made made;
-  if (!read_call(call, a[0], a[1], a[2] == Py_True, a[3], a[4], true) || !compute(call, to, made))
+  if (!read_call(call, a[0], a[1], a[2] == Py_True, a[3], a[4], true) || !compute(call, to, made, false))
     return decline(Py_None);
   Owned state(call.cell->has_c ? PyTuple_Pack(2, made.h.get(), made.c.get()) : made.h.release());
   if (!state || !call.layered) return state.release();
@@ -404,20 +416,18 @@ PyObject* recorded(PyObject*, PyObject* const* a, Py_ssize_t n) {
   if (!read_call(call, a[0], a[1], a[2] == Py_True, a[3], a[4], true)) return decline(Py_None);
   const Layer& l = call.layer;
   const bool own_compute = l.dtype == Dtype::f32 || l.dtype == Dtype::f64;
-  if (!call.batched || call.layers != 1 || !call.count || !own_compute) return decline(Py_None);
-  PyObject* tensors[3 + 10] = {call.x.object, call.h.object, call.c.object};
+  if (!call.batched || !call.count || !own_compute) return decline(Py_None);
+  PyObject* tensors[3 + 10 * most_layers] = {call.x.object, call.h.object, call.c.object};
   std::copy_n(call.tensors, call.count, tensors + 3);
   const Py_ssize_t count = 3 + call.count;
-  if (std::all_of(tensors, tensors + count, [](PyObject* t) { return !t || is_false(t, names.requires_grad, false); }))
-    return decline(Py_False);
+  const auto wanted = [&](Py_ssize_t end) {
+    return std::any_of(tensors, tensors + end,
+                       [](PyObject* t) { return t && !is_false(t, names.requires_grad, false); });
+  };
+  if (!wanted(3 + call.count / call.layers)) return decline(wanted(count) ? Py_None : Py_False);
   Results to;
   Made made;
-  View tape;
-  Owned tape_owner;
-  if (!make_block(call.x, {l.D, l.T * l.B, tape_width(*call.cell, l.H, l.P, l.projected)}, tape, tape_owner))
-    return decline(Py_None);
-  to.tape = tape.begin();
-  if (!compute(call, to, made)) return decline(Py_None);
+  if (!compute(call, to, made, true)) return decline(Py_None);
   PyObject* outputs[3] = {};
   Py_ssize_t results = 0;
   for (const Owned* o : {&made.y, &made.h, &made.c})
@@ -425,7 +435,8 @@ PyObject* recorded(PyObject*, PyObject* const* a, Py_ssize_t n) {
   const Owned all(tuple_of(outputs, results)), given(tuple_of(tensors, count));
   const Owned precision(PyLong_FromLong(static_cast<long>(l.precision)));
   if (!all || !given || !precision) return nullptr;
-  return PyTuple_Pack(4, all.get(), tape_owner.get(), precision.get(), given.get());
+  PyObject* const found[] = {all.get(), made.tape.get(), made.between[0].get(), precision.get(), given.get()};
+  return tuple_of(found, 5);
 }
 
 PyObject* step_onto(PyObject*, PyObject* const* a, Py_ssize_t n) {
@@ -506,15 +517,15 @@ PyMethodDef methods[] = {
      "forward(cell, module.__dict__, layered, input, hx): what forward of a module (layered) or cell returns, which is "
      "not recorded; None where the call is not plainly right, or not a simple one."},
     {"recorded", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(recorded)), METH_FASTCALL,
-     "recorded(cell, module.__dict__, layered, input, hx): (results, tape, precision, (input, h0, c0, *weights)) of "
-     "one "
-     "layer, for a call that is to be recorded: the results are (h,), (h, c) of a cell, else (output, h_n), (output, "
-     "h_n, c_n). False where nothing of it requires a gradient; None as for forward."},
+     "recorded(cell, module.__dict__, layered, input, hx): (results, tape, between, precision, (input, h0, c0, "
+     "*weights)), for a call that is to be recorded: the results are (h,), (h, c) of a cell, else (output, h_n), "
+     "(output, h_n, c_n); tape (L*D, T*B, ...); between (L-1, T, B, D*P) or None: the outputs of layers below the "
+     "last. "
+     "False where nothing of it requires a gradient; None as for forward, and where nothing of the first layer does."},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(backward)), METH_FASTCALL,
-     "backward(cell, layered, bidirectional, batch_first, precision, (tape, *tensors), needs_input_grad, gradients): "
-     "what "
-     "a Function's backward returns whose last arguments are the tensors of `recorded`, from the gradients of its "
-     "results; None where the call is not plainly right, or not a simple one."},
+     "backward(cell, num_layers, layered, bidirectional, batch_first, precision, (tape, between, *tensors), "
+     "needs_input_grad, gradients): what a Function's backward returns whose last arguments are the tensors of "
+     "`recorded`, from the gradients of its results; None where the call is not plainly right, or not a simple one."},
     {"step_onto", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(step_onto)), METH_FASTCALL,
      "step_onto(cell, module.__dict__, layered, input, hx, reset, reset_state) -> bool: whether it has done the step "
      "onto hx. Else nothing has been written."},

@@ -188,11 +188,11 @@ def _gradients_of_step(cell, precision, tape, spread, needs, d_h, d_c, watcher=N
 
 
 class _Recorded(torch.autograd.Function):
-    """One layer, or one step of a cell, that direct.py has computed already, in its caller's layout."""
+    """Layers, or one step of a cell, that direct.py has computed already, in its caller's layout."""
 
     @staticmethod
-    def forward(ctx, cell, layout, results, tape, precision, *tensors):
-        ctx.save_for_backward(tape, *tensors)
+    def forward(ctx, cell, layout, results, tape, between, precision, *tensors):
+        ctx.save_for_backward(tape, between, *tensors)
         ctx.set_materialize_grads(False)
         ctx.arguments = (cell, layout, precision)
         return results
@@ -205,8 +205,8 @@ class _Recorded(torch.autograd.Function):
             found = _C.backward(cell, *layout, precision, saved, needs, grads)
             if found is not None:
                 return found
-        layered, bidirectional, batch_first = layout
-        (tape, *tensors), needs = saved, needs[5:]
+        num_layers, layered, bidirectional, batch_first = layout
+        (tape, between, *tensors), needs = saved, needs[6:]
         if not layered:
             results = _gradients_of_step(cell, precision, tape, tensors, needs, *(*grads, None)[:2])
         else:
@@ -214,17 +214,19 @@ class _Recorded(torch.autograd.Function):
             if batch_first:
                 tensors[0] = tensors[0].transpose(0, 1)
                 d_output = None if d_output is None else d_output.transpose(0, 1)
-            arguments = (cell, 1, bidirectional, batch_first, False, precision, False, False)
+            tapes = [tape] if num_layers == 1 else [*tape.chunk(num_layers), *between]
+            arguments = (cell, num_layers, bidirectional, batch_first, False, precision, False, False)
             incoming = (d_output, d_h, d_c, None, None)
-            results = _gradients_of_layers(arguments, tensors, needs, [tape], (None, None, None), incoming)
+            results = _gradients_of_layers(arguments, tensors, needs, tapes, (None, None, None), incoming)
             if batch_first and results[0] is not None:
                 results[0] = results[0].transpose(0, 1)
-        return (None,) * 5 + tuple(results)
+        return (None,) * 6 + tuple(results)
 
 
 # _Recorded.apply(cell, layout, *what _C.recorded returned, with its tensors one by one): the results, to be
-# differentiated. layout: whether it is a module's call, which has an output; bidirectional; batch_first. Without the
-# steps that torch's own takes in Python for function transforms, of which none is active where direct.py computes.
+# differentiated. layout: the number of layers; whether it is a module's call, which has an output; bidirectional;
+# batch_first. Without the steps that torch's own takes in Python for function transforms, of which none is active where
+# direct.py computes.
 record = super(torch.autograd.Function, _Recorded).apply
 
 

@@ -1,5 +1,5 @@
 """Calls of modules and cells by the shortest way: past torch's dispatcher, whose share of a call of few steps is larger
-than the kernel's. Where gradients are wanted, of one layer: autograd.py records what has been computed.
+than the kernel's. Where gradients are wanted, autograd.py records what has been computed.
 
 csrc/direct.cpp does it. It reads the module's weights and the tensors of the call as they are, by DLPack's C exchange
 API, and declines whatever is not plainly right, and everything that something traces, transforms, intercepts, casts or
@@ -42,9 +42,11 @@ def forward(module: torch.nn.Module, cell: str, layered: bool, input, hx):
     found = _C.recorded(cell, module.__dict__, layered, input, hx)
     if not found:  # False: nothing of it requires a gradient
         return None if found is None else _C.forward(cell, module.__dict__, layered, input, hx)
-    results, tape, precision, tensors = found
-    layout = (True, module.bidirectional, module.batch_first) if layered else (False, False, False)
-    results = autograd.record(cell, layout, results, tape, precision, *tensors)
+    *found, tensors = found
+    layout = (1, False, False, False)
+    if layered:
+        layout = (module.num_layers, True, module.bidirectional, module.batch_first)
+    results = autograd.record(cell, layout, *found, *tensors)
     if layered:
         output, *states = results
         return output, tuple(states) if cell == "lstm" else states[0]

@@ -93,6 +93,9 @@ LAYERS = [
     {"bidirectional": True, "batch_first": True},
     {"proj_size": 4, "bidirectional": True},
     {"proj_size": 3, "batch_first": True, "bias": False},
+    {"num_layers": 2, "bias": False},
+    {"num_layers": 4, "bidirectional": True, "batch_first": True},
+    {"proj_size": 3, "num_layers": 3, "batch_first": True},
 ]
 
 
@@ -119,14 +122,15 @@ def test_the_bits_of_the_operators_in_cells(name, dtype, served):
             both(module, x, hx if given else None, served, incoming=incoming)
 
 
-@pytest.mark.parametrize("split", ["serial", "batch", "hidden", "ahead"])
+@pytest.mark.parametrize("split", ["serial", "batch", "hidden", "wavefront", "ahead"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_of_sharing_out(kind, split, served):
-    module = make(kind, bidirectional=True)
-    x, hx = arguments(module, 3, steps=40)
-    expected = step(module, x, hx)
-    with shared_out(split, 3):
-        equal(list(both(module, x, hx, served).values()), list(expected.values()))
+    for options in ({"bidirectional": True}, {"num_layers": 5}):
+        module = make(kind, **options)
+        x, hx = arguments(module, 3, steps=40)
+        expected = step(module, x, hx)
+        with shared_out(split, 3):
+            equal(list(both(module, x, hx, served).values()), list(expected.values()))
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "RNNCell"])
@@ -137,6 +141,19 @@ def test_what_is_wanted(name, served):
     names = ["input", "state", *(n for n, _ in module.named_parameters())]
     for wanted in [{n} for n in names] + [set(names) - {n} for n in names]:
         both(module, x, hx, served, wanted=wanted.__contains__)
+    if name == "GRU":  # of a stack: what lies below everything that is wanted is left out
+        deep = make(name, num_layers=4)
+        names = ["input", "state", *(n for n, _ in deep.named_parameters())]
+        for first in names:  # and all behind it
+            served_by = [FORWARD, BACKWARD] if names.index(first) < 6 else ["no recorded"]
+            both(deep, *arguments(deep, steps=3), served, served_by, wanted=names[names.index(first) :].__contains__)
+        for k in range(4):  # back only through the layers that lead there
+            mine = {f"weight_hh_l{k}", "bias_ih_l0"}
+            both(deep, *arguments(deep, steps=3), served, wanted=mine.__contains__)
+            output = deep(*arguments(deep, steps=3))[0]
+            served.clear()
+            torch.autograd.grad(output.sum(), getattr(deep, f"weight_hh_l{k}"))
+            assert served == [BACKWARD]
     for k in range(len(tensors_in(module(x, hx)))):
         both(module, x, hx, served, of=lambda outs, k=k: outs[k : k + 1])
     served.clear()
@@ -187,9 +204,13 @@ def test_what_goes_by_the_operators(name, served):
         low = make(name, dtype)
         both(low, *arguments(low, dtype=dtype, steps=4), served, ["no recorded"])
     if name == "LSTM":
-        deep = make(name, num_layers=2)
+        deep = make(name, num_layers=9)
         both(deep, *arguments(deep, steps=4), served, ["no recorded"])
-        both(deep.train(), *arguments(deep, steps=4), served, ["no recorded"])
+        drops = make(name, num_layers=2, dropout=0.5)
+        both(drops, *arguments(drops, steps=4), served)
+        served.clear()
+        drops.train()(*arguments(drops, steps=4))
+        assert served == ["no recorded"]
         long = fastrnn.LSTM(I, H, recompute=True)
         both(long, *arguments(long, steps=4), served, [])
     else:
@@ -405,13 +426,14 @@ def test_no_reference_is_lost_or_kept(name):
 def test_arguments_of_the_functions():
     with pytest.raises(TypeError, match="recorded: expected 5 arguments, got 1"):
         _C.recorded("gru")
-    with pytest.raises(TypeError, match="backward: expected 8 arguments, got 0"):
+    with pytest.raises(TypeError, match="backward: expected 9 arguments, got 0"):
         _C.backward()
     module = make("GRU")
     x, h = arguments(module, steps=3)
-    results, tape, precision, tensors = _C.recorded("gru", module.__dict__, True, x, h)
+    results, tape, between, precision, tensors = _C.recorded("gru", module.__dict__, True, x, h)
+    assert between is None
     needs, grads = (False, True, True, False, *[True] * 4), tuple(torch.ones_like(r) for r in results)
-    good = ["gru", True, False, False, precision, (tape, *tensors), needs, grads]
+    good = ["gru", 1, True, False, False, precision, (tape, None, *tensors), needs, grads]
     found = _C.backward(*good)
     assert found[0] is None
     assert [f is not None and f.shape for f in found[1:]] == [t is not None and t.shape for t in tensors]
@@ -422,18 +444,31 @@ def test_arguments_of_the_functions():
     odd = [None, 3, "x", x.int(), x[0], x.double(), x[..., :1], x.to("meta"), x[:0], torch.tensor(1.0), x.to_sparse()]
     bad = {
         0: ["lstm", "rnn", None, 3],
-        1: [False],
-        2: [True],
-        4: [-1, 3, None, 2**70, 1.5],
-        5: [None, (), [], (tape,), (tape, *tensors[:3]), (tape, *tensors, tape)]
-        + [replaced(good[5], i, o) for i in range(8) for o in odd if i not in (2, 3) or o is not None],
-        6: [None, (), [], needs[:-2], "x"],
-        7: [None, (), grads[:1], (*grads, None)] + [replaced(grads, i, o) for i in (0, 1) for o in odd[1:]],
+        1: [0, 2, 4, -1, 2**70, None, "x"],
+        2: [False],
+        3: [True],
+        4: [True],  # h is of other rows then
+        5: [-1, 3, None, 2**70, 1.5],
+        6: [None, (), [], (tape,), (tape, None), (tape, None, *tensors[:3]), (tape, None, *tensors, tape)]
+        + [replaced(good[6], i, o) for i in (0, *range(2, 9)) for o in odd if i not in (3, 4) or o is not None],
+        7: [None, (), [], needs[:-2], "x"],
+        8: [None, (), grads[:1], (*grads, None)] + [replaced(grads, i, o) for i in (0, 1) for o in odd[1:]],
     }
     for place, values in bad.items():
         for value in values:
             assert _C.backward(*good[:place], value, *good[place + 1 :]) is None, (place, value)
-    assert _C.backward(*good[:3], True, *good[4:]) is None  # batch_first: h is of other rows then
+
+    module = make("GRU", num_layers=3)
+    x, h = arguments(module, steps=3)
+    results, tape, between, precision, tensors = _C.recorded("gru", module.__dict__, True, x, h)
+    needs, grads = (*[True] * 2, False, *[True] * 12), tuple(torch.ones_like(r) for r in results)
+    good = ["gru", 3, True, False, False, precision, (tape, between, *tensors), needs, grads]
+    found = _C.backward(*good)
+    assert [f is not None and f.shape for f in found] == [t is not None and t.shape for t in tensors]
+    for other in (None, between[:1], between[..., :-1], between.double(), between[:, :, :1], tape, x):
+        assert _C.backward(*good[:6], (tape, other, *tensors), *good[7:]) is None
+    for count in (1, 2, 4, 6, 12):
+        assert _C.backward("gru", count, *good[2:]) is None
 
 
 def test_python_threads():
