@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch._C._functorch as vmaps
 from torch import Tensor
 
 from fastrnn import ops, recompute, reference, transforms
@@ -107,24 +108,32 @@ def _gradients_of_layers(arguments, spread, needs, saved, sequences, incoming, w
     return [r if n else None for r, n in zip(results, needs)]
 
 
-_BATCHED = torch._C._dispatch_key_parse("Batched")
-
-
 def _batched(grads) -> bool:
-    """Whether incoming gradients are a batch of them (is_grads_batched, jacobian(vectorize=True)), of torch's older
-    vmap, which has no rule for operators that return a list."""
+    """Whether incoming gradients are a batch of them: of torch's older vmap (is_grads_batched, vectorized Jacobians),
+    or of vmap over autograd.grad. Neither has a rule for these operators."""
     if torch.compiler.is_compiling():
         return False
-    return any(g is not None and torch._C._dispatch_keys(g).has(_BATCHED) for g in grads)
+    return any(g is not None and (vmaps.is_legacy_batchedtensor(g) or _of_this_vmap(g)) for g in grads)
+
+
+def _of_this_vmap(g: Tensor) -> bool:
+    return vmaps.is_batchedtensor(g) and vmaps.maybe_get_level(g) == vmaps.maybe_current_level()
 
 
 def _one_by_one(gradients, grads) -> list:
     """gradients(*grads) for each of a batch of `grads`, as a batch."""
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    each = [torch._remove_batch_dim(g, level, -1, 0).unbind() if _batched((g,)) else itertools.repeat(g) for g in grads]
-    results = zip(*(gradients(*g) for g in zip(*each)))
-    return [None if r[0] is None else torch._add_batch_dim(torch.stack(r), 0, level) for r in results]
+    if any(g is not None and vmaps.is_legacy_batchedtensor(g) for g in grads):
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        batch = torch._add_batch_dim
+        each = [torch._remove_batch_dim(g, level, -1, 0) if _batched((g,)) else None for g in grads]
+    else:
+        level, batch = vmaps.maybe_current_level(), vmaps._add_batch_dim
+        each = [None if g is None or not _of_this_vmap(g) else vmaps._unwrap_batched(g, level) for g in grads]
+        each = [None if pair is None else pair[0].movedim(pair[1], 0) for pair in each]
+    rows = zip(*(itertools.repeat(g) if e is None else e.unbind() for g, e in zip(grads, each)))
+    results = zip(*(gradients(*row) for row in rows))
+    return [None if r[0] is None else batch(torch.stack(r), 0, level) for r in results]
 
 
 def _watched(results, needs):

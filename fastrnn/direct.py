@@ -29,6 +29,8 @@ AVAILABLE = _C.use_torch(
     vars(forward_ad),
     torch._C._get_fp32_precision_getter,
 )
+# Where this torch does not say, there might be some.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _tracing: ())
 
 
 def forward(module: torch.nn.Module, cell: str, layered: bool, input, hx):
@@ -37,6 +39,9 @@ def forward(module: torch.nn.Module, cell: str, layered: bool, input, hx):
         return None
     if not torch.is_grad_enabled():
         return _C.forward(cell, module.__dict__, layered, input, hx)
+    # A checkpoint, whose hooks these are, may go the long way on its second pass, and wants the same tensors saved.
+    if _hooks_of_saved_tensors(True) is not None:
+        return None
     if recorder_of(module) is not None or (layered and getattr(module, "recompute", False)):
         return None
     found = _C.recorded(cell, module.__dict__, layered, input, hx)

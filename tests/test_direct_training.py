@@ -291,48 +291,57 @@ def test_what_hooks_make_of_what_is_saved(name, served):
     """The same values elsewhere are as good; what does not fit is an error of the operator's."""
     module = make(name)
     x, hx = arguments(module, steps=4)
+    x.requires_grad_()
     expected = step(module, x, hx)
+    served.clear()
     with saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
         equal(list(step(module, x, hx).values()), list(expected.values()))
-    # what is saved: the tape, x, one or two states, weights
-    states = len(tensors_in(hx)) - 1
+    assert served == []  # the operators' way: see test_checkpointing
+    # what is saved: the tape, nothing, x, one or two states, weights
     wrong = {
         0: [lambda t: t[..., :-1], lambda t: t.double(), lambda t: t[:, :-1]],
-        1: [lambda t: t[..., :-1], lambda t: t[0]],
-        2: [lambda t: t[..., :-1], lambda t: t.double()],
-        3 + states: [lambda t: t[:-1], lambda t: t.t(), lambda t: t.double()],
-        4 + states: [lambda t: t[:-1], lambda t: t[:, :-1]],
-        5 + states: [lambda t: t[:-1], lambda t: t[None]],
+        2: [lambda t: t[..., :-1], lambda t: t[0]],
+        3: [lambda t: t[..., :-1], lambda t: t.double()],
+        5: [lambda t: t[:-1], lambda t: t.t(), lambda t: t.double()],
+        6: [lambda t: t[:-1], lambda t: t[:, :-1]],
+        7: [lambda t: t[:-1], lambda t: t[None]],
     }
     for place, changes in wrong.items():
-        for change in changes:
-            seen = itertools.count()
-
-            def unpack(t, change=change, place=place, seen=seen):
-                return change(t) if next(seen) == place else t
-
-            x.requires_grad_()
-            with saved_tensors_hooks(lambda t: t.detach(), unpack):
-                output = tensors_in(module(x, hx))[0]
+        for change in [lambda t: t.clone(), *changes]:
+            output = tensors_in(module(x, hx))[0]
+            output.grad_fn._raw_saved_tensors[place].register_hooks(lambda t: t.detach(), change)
             served.clear()
-            with pytest.raises(RuntimeError):
+            if change in changes:
+                with pytest.raises(RuntimeError):
+                    output.sum().backward()
+                assert served == ["no backward"], place
+            else:
                 output.sum().backward()
-            assert served == ["no backward"], (place, change)
+                assert served == [BACKWARD]
 
 
-@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell", "two layers"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(name, reentrant, served):
-    module = make(name)
+    """Also where one pass is watched and the other is not: both have to save the same."""
+    module = make("GRU", num_layers=2, batch_first=True) if name == "two layers" else make(name)
     x, hx = arguments(module, steps=4)
-    results = []
-    for call in (module, lambda *a: checkpoint(module, *a, use_reentrant=reentrant)):
+
+    def call(forward=contextlib.nullcontext, backward=contextlib.nullcontext, checkpointed=True):
         module.zero_grad()
         leaf = x.clone().requires_grad_()
-        tensors_in(call(leaf, hx))[0].sum().backward()
-        results.append([leaf.grad, *(p.grad for p in module.parameters())])
-    equal(*results)
-    assert served.count(BACKWARD) == 2
+        with forward():
+            found = checkpoint(module, leaf, hx, use_reentrant=reentrant) if checkpointed else module(leaf, hx)
+        with backward():
+            tensors_in(found)[0].sum().backward()
+        return [leaf.grad, *(p.grad for p in module.parameters())]
+
+    def profiled():
+        return profile(activities=[ProfilerActivity.CPU])
+
+    expected = call(checkpointed=False)
+    for watched in ({}, {"forward": profiled}, {"backward": profiled}, {"backward": Dispatches}):
+        equal(call(**watched), expected)
 
 
 @pytest.mark.parametrize("name", ["GRUCell", "LSTMCell", "LSTM", "two layers"])
@@ -347,6 +356,12 @@ def test_a_batch_of_gradients(name, served):
         found = torch.autograd.grad(used, weights, vectors, is_grads_batched=True, retain_graph=True)
         assert BACKWARD not in served
         each = [torch.autograd.grad(used, weights, v, retain_graph=True) for v in zip(*vectors)]
+        for f, e in zip(found, zip(*each)):
+            assert f.equal(torch.stack(e))
+
+        found = torch.func.vmap(
+            lambda *v, used=used: torch.autograd.grad(used, weights, v, retain_graph=True), randomness="error"
+        )(*vectors)
         for f, e in zip(found, zip(*each)):
             assert f.equal(torch.stack(e))
 
