@@ -518,10 +518,10 @@ PyMethodDef methods[] = {
      "not recorded; None where the call is not plainly right, or not a simple one."},
     {"recorded", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(recorded)), METH_FASTCALL,
      "recorded(cell, module.__dict__, layered, input, hx): (results, tape, between, precision, (input, h0, c0, "
-     "*weights)), for a call that is to be recorded: the results are (h,), (h, c) of a cell, else (output, h_n), "
-     "(output, h_n, c_n); tape (L*D, T*B, ...); between (L-1, T, B, D*P) or None: the outputs of layers below the "
-     "last. "
-     "False where nothing of it requires a gradient; None as for forward, and where nothing of the first layer does."},
+     "*weights)), for a call that is to be recorded. results: (h,), (h, c) of a cell, else (output, h_n), "
+     "(output, h_n, c_n). tape: (L*D, T*B, ...). between: (L-1, T, B, D*P), the outputs of the layers below the last; "
+     "None of one. False where nothing of it requires a gradient; None as for forward, and where nothing of the first "
+     "layer does."},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(backward)), METH_FASTCALL,
      "backward(cell, num_layers, layered, bidirectional, batch_first, precision, (tape, between, *tensors), "
      "needs_input_grad, gradients): what a Function's backward returns whose last arguments are the tensors of "

@@ -145,10 +145,9 @@ Tensor empty(const Shape& shape, int32_t dtype, const Place& place) {
 // The same, on the CPU in memory that is used again (torch keeps that of other devices itself): for tapes and
 // gradients, which are large and new at every training step.
 Tensor empty_block(const Shape& shape, int32_t dtype, int64_t element_size, const Place& place) {
-  constexpr int64_t worthwhile = 64 * 1024;
   int64_t values;
   const Shape strides = dense_strides(shape, values);
-  if (!place.on_cpu() || values * element_size < worthwhile) return empty_strided(shape, strides, dtype, place);
+  if (!place.on_cpu() || values * element_size < worth_keeping) return empty_strided(shape, strides, dtype, place);
   void* block;
   try {
     block = take_block(static_cast<size_t>(values * element_size));

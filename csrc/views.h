@@ -207,7 +207,6 @@ bool make(const View& model, std::initializer_list<int64_t> shape, View& view, O
 // The same with memory that is kept for later calls (cpu/workspace.h) where fresh memory would cost its page faults;
 // for tapes and for gradients of weights, as stable.h's empty_block.
 bool make_block(const View& model, std::initializer_list<int64_t> shape, View& view, Owned& made) {
-  constexpr int64_t worthwhile = 64 * 1024;
   constexpr int most_sizes = 3;
   struct Block {
     dlpack::ManagedTensor managed;
@@ -215,7 +214,7 @@ bool make_block(const View& model, std::initializer_list<int64_t> shape, View& v
   };
   int64_t bytes = model.bytes();
   for (const int64_t size : shape) bytes *= size;
-  if (bytes < worthwhile || !exchange->managed_tensor_to_py_object || shape.size() > most_sizes)
+  if (bytes < worth_keeping || !exchange->managed_tensor_to_py_object || shape.size() > most_sizes)
     return make(model, shape, view, made);
   Block* const block = new (std::nothrow) Block{};
   if (!block) return false;

@@ -189,7 +189,7 @@ def _explain_sequence(module, input, hx, extended: bool, ragged: bool, all_state
     call = modules.resolve(module, input, hx)
     length = {} if call is None else {"T": call.T, "B": call.B}
     layers = [{**length, "I": width, **sizes} for width in widths]
-    if type(module).forward not in modules.FORWARDS:
+    if type(module).forward is not modules.forward:
         why = f"the forward of {type(module).__name__} is not fastrnn's; see fastrnn.accelerate and fastrnn.patch"
         return _plan(Route(TORCH, why), cell, layers)
     if call is None:

@@ -111,7 +111,8 @@ def _state(state, layers, B, width, unbatched: bool) -> Tensor | None:
     return state if state.shape == (layers, B, width) else None
 
 
-_DOC = """torch.nn's forward, and what it has not.
+def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
+    """torch.nn's forward, and what it has not.
 
     Letters: T steps, B rows, I features, H_out width of the output (proj_size or hidden_size), L layers, D directions.
 
@@ -134,9 +135,6 @@ _DOC = """torch.nn's forward, and what it has not.
     Raises:
         torch.nn's own errors for its arguments; TypeError and ValueError for the new ones.
     """
-
-
-def _forward(self, input, hx, positional, reset, lengths, all_states, reset_state):
     if positional and not torch.onnx.is_in_onnx_export():  # torch.onnx's older exporter passes the defaults like that
         raise TypeError(
             "reset, lengths, all_states, reset_state: expected keyword arguments, got "
@@ -242,9 +240,7 @@ def _packing(self) -> Packing:
 class RNN(nn.RNN):
     __doc__ = _class_doc(nn.RNN)
     __init__, extra_repr, recompute = _recomputing(nn.RNN)
-
-    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
-        return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
+    forward = forward
 
     def __prepare_scriptable__(self):
         return twin(self, nn.RNN, RNN.forward, TORCH_FORWARD[nn.RNN])
@@ -255,9 +251,7 @@ class RNN(nn.RNN):
 class LSTM(nn.LSTM):
     __doc__ = _class_doc(nn.LSTM)
     __init__, extra_repr, recompute = _recomputing(nn.LSTM)
-
-    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
-        return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
+    forward = forward
 
     def __prepare_scriptable__(self):
         return twin(self, nn.LSTM, LSTM.forward, TORCH_FORWARD[nn.LSTM])
@@ -268,16 +262,7 @@ class LSTM(nn.LSTM):
 class GRU(nn.GRU):
     __doc__ = _class_doc(nn.GRU)
     __init__, extra_repr, recompute = _recomputing(nn.GRU)
-
-    def forward(self, input, hx=None, *positional, reset=None, lengths=None, all_states=False, reset_state=None):
-        return _forward(self, input, hx, positional, reset, lengths, all_states, reset_state)
+    forward = forward
 
     def __prepare_scriptable__(self):
         return twin(self, nn.GRU, GRU.forward, TORCH_FORWARD[nn.GRU])
-
-
-for _class in (RNN, LSTM, GRU):
-    _class.forward.__doc__ = _DOC
-
-# For explain: the forward of each.
-FORWARDS = tuple(c.forward for c in (RNN, LSTM, GRU))

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace fastrnn {
 
@@ -27,6 +28,8 @@ class Workspace {
 // give_block, from any thread.
 void* take_block(size_t bytes);
 void give_block(void* block);
+// Bytes: of less, fresh memory is as good as a block.
+constexpr int64_t worth_keeping = 64 * 1024;
 
 // Bytes kept for later calls, all threads together. What a running kernel, a living tape or gradient uses is not
 // counted.
