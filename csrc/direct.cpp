@@ -6,9 +6,9 @@
 //   backward()   its back-propagation through time: direct_backward.h
 //   step_onto()  one step, onto states that the caller owns
 //
-// Tensors are read by DLPack's C exchange API, and new ones are made by Tensor.new_empty. Whatever is not plainly right
-// is declined (None, False), before anything is written: the operators have the words for it. So is every call that
-// something traces, transforms, intercepts, casts or profiles. Letters for sizes are problem.h's.
+// Tensors are read by DLPack's C exchange API; new ones are made by Tensor.new_empty, or of kept memory. Whatever is
+// not plainly right is declined (None, False), before anything is written: the operators have the words for it. So is
+// every call that something traces, transforms, intercepts, casts or profiles. Letters for sizes are problem.h's.
 #define PY_SSIZE_T_CLEAN
 #include "direct.h"
 

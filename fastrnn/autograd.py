@@ -80,16 +80,16 @@ def _gradients_of_layers(arguments, spread, needs, saved, sequences, incoming, w
     needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
     given = (cell, input, h0, c0, weights, *sequences)
 
-    def kernels(needs, watch=()):
+    def kernels(needs, watch=False):
         """What the backward operators return."""
         directions, last = (bidirectional, batch_major), (needs, precision, *starts)
         if watch:
-            last = (needs, precision, *(starts or (None, None)), *watch)
+            last = (needs, precision, *(starts or (None, None)), 1)
         if chunked:
             h_marks, c_marks, *tapes = saved
             return recompute.backward(
                 *given, bidirectional, num_layers, precision, *(starts or (None, None)), h_marks, c_marks,
-                tapes, *incoming, batch_major, needs, *watch,
+                tapes, *incoming, batch_major, needs, *((1,) if watch else ()),
             )  # fmt: skip
         if num_layers == 1:
             return ops.layer_backward(*given, *saved, *incoming, *directions, *last)
@@ -98,13 +98,12 @@ def _gradients_of_layers(arguments, spread, needs, saved, sequences, incoming, w
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if watcher is not None:
             with torch.no_grad():
-                watcher.receive(*_watched(kernels([*needs[:3], *[False] * (len(needs) - 3)], (1,)), needs))
+                watcher.receive(*_watched(kernels([*needs[:3], *[False] * (len(needs) - 3)], True), needs))
         more = (*sequences, bidirectional, all_states)
         return _differentiable(cell, num_layers, spread, more, needs, incoming, resets)
-    if watcher is None:
-        return [r if n else None for r, n in zip(kernels(needs), needs)]
-    results = kernels(needs, (1,))
-    watcher.receive(*_watched(results, needs))
+    results = kernels(needs) if watcher is None else kernels(needs, True)
+    if watcher is not None:
+        watcher.receive(*_watched(results, needs))
     return [r if n else None for r, n in zip(results, needs)]
 
 
@@ -172,7 +171,7 @@ def _gradients_of_step(cell, precision, tape, spread, needs, d_h, d_c, watcher=N
         return _one_by_one(lambda *g: _gradients_of_step(cell, precision, tape, spread, needs, *g), (d_h, d_c))
     needs = [bool(n) and t is not None for n, t in zip(needs, spread)]
 
-    def kernels(needs, *watch):
+    def kernels(needs, watch=False):
         input, h0, c0, *weights = spread
         states = (None, d_h, d_c, None, None)
         return ops.layer_backward(
@@ -189,10 +188,9 @@ def _gradients_of_step(cell, precision, tape, spread, needs, d_h, d_c, watcher=N
         lifted = [*(None if t is None else t[None] for t in spread[:3]), *spread[3:]]
         results = _differentiable(cell, 1, lifted, arguments, needs, grads)
         return [*(None if r is None else r.squeeze(0) for r in results[:3]), *results[3:]]
-    if watcher is None:
-        return [r if n else None for r, n in zip(kernels(needs), needs)]
-    results = kernels(needs, True)
-    watcher.receive(*_watched(results, needs))
+    results = kernels(needs) if watcher is None else kernels(needs, True)
+    if watcher is not None:
+        watcher.receive(*_watched(results, needs))
     return [r if n else None for r, n in zip(results, needs)]
 
 

@@ -25,19 +25,24 @@ I, H = 7, 19
 CELLS = ["RNNCell", "RNNCell relu", "LSTMCell", "GRUCell"]
 
 
+def spy_on(monkeypatch, names, note):
+    """note(name, whether it has served the call) for each call of these functions of _C from now on."""
+    for name in names:
+        inner = getattr(_C, name)
+
+        def spy(*arguments, _inner=inner, _name=name):
+            result = _inner(*arguments)
+            note(_name, result is not None and result is not False)
+            return result
+
+        monkeypatch.setattr(_C, name, spy)
+
+
 @pytest.fixture
 def served(monkeypatch):
     """Whether each call since was served past the dispatcher."""
     found = []
-    for name in ("forward", "step_onto"):
-        inner = getattr(_C, name)
-
-        def spy(*arguments, _inner=inner):
-            result = _inner(*arguments)
-            found.append(result is not None and result is not False)
-            return result
-
-        monkeypatch.setattr(_C, name, spy)
+    spy_on(monkeypatch, ("forward", "step_onto"), lambda name, has_served: found.append(has_served))
     return found
 
 
@@ -45,8 +50,8 @@ def served(monkeypatch):
 def long_way():
     """Calls go by the operators in here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_C, "forward", lambda *a: None)
-        patch.setattr(_C, "step_onto", lambda *a: False)
+        for name, declined in (("forward", None), ("step_onto", False), ("recorded", None), ("backward", None)):
+            patch.setattr(_C, name, lambda *a, _declined=declined: _declined)
         yield
 
 
