@@ -88,6 +88,17 @@ bool served(const Place& place) {
   return place.on_cpu();
 }
 
+// A tensor whose memory was given back under it (untyped_storage().resize_(0)) has its offset for an address.
+bool was_freed(const Tensor& t) {
+  return t.numel() && reinterpret_cast<uintptr_t>(t.data_ptr()) == uintptr_t(t.storage_offset() * t.element_size());
+}
+
+template <class Name>
+void check_memory(const Tensor& t, const Name& name) {
+  if (was_freed(t))
+    fail(name(), ": expected a tensor with memory, got one of shape ", shape_of(t), " whose storage is empty");
+}
+
 // name and letters are for errors alone: called when there is one.
 template <class Name, class Letters>
 void check_tensor(const Problem& p, const Tensor& t, const Name& name, int32_t dtype, const Shape& shape,
@@ -97,6 +108,7 @@ void check_tensor(const Problem& p, const Tensor& t, const Name& name, int32_t d
   if (dtype_of(t) != dtype) fail(name(), ": expected dtype ", dtype_name(dtype), ", got ", dtype_name(dtype_of(t)));
   if (!(shape == t))
     fail(name(), ": expected shape ", letters(), " = ", text_of(shape.sizes, shape.dim), ", got ", shape_of(t));
+  check_memory(t, name);
 }
 void check_tensor(const Problem& p, const Tensor& t, const char* name, int32_t dtype, const Shape& shape,
                   const char* letters) {
@@ -177,6 +189,7 @@ void check_input(Problem& p, const Arguments& a, bool one_step) {
          : one_step ? "2 dimensions (B, input_size)"
                     : "3 dimensions (T, B, input_size)",
          ", got shape ", shape_of(x));
+  check_memory(x, [] { return "input"; });
   p.layer.I = x.size(x.dim() - 1);
   p.input = p.place.on_cpu() ? rows_contiguous(x) : dense(x);
   p.layer.x = rows_of(p.input, flat);
@@ -196,6 +209,7 @@ void check_batch_sizes(Problem& p, const Tensor& sizes) {
   if (!sizes.is_cpu() || dtype_of(sizes) != aoti_torch_dtype_int64() || sizes.dim() != 1 || sizes.size(0) == 0)
     fail("batch_sizes: expected a CPU int64 tensor of shape (T,), T >= 1, got ", dtype_name(dtype_of(sizes)),
          " of shape ", shape_of(sizes));
+  check_memory(sizes, [] { return "batch_sizes"; });
   const Tensor counts = dense(sizes);
   const auto* size = static_cast<const int64_t*>(counts.data_ptr());
   const int64_t T = counts.size(0);
@@ -228,6 +242,7 @@ void check_lengths(Problem& p, const Tensor& lengths) {
   if (!(wide || dtype_of(lengths) == aoti_torch_dtype_int32()) || lengths.dim() != 1 || lengths.size(0) != p.layer.B)
     fail("lengths: expected an int64 or int32 tensor of shape (B,) = (", p.layer.B, ",), got ",
          dtype_name(dtype_of(lengths)), " of shape ", shape_of(lengths));
+  check_memory(lengths, [] { return "lengths"; });
   const int64_t stride = lengths.stride(0);
   const void* data = lengths.data_ptr();
   if (!p.place.on_cpu()) {
@@ -296,7 +311,7 @@ void check_weights(Problem& p, const Arguments& a) {
 // The header of the argument `packed`, which may be any tensor.
 const PackedHeader& packed_header(const Tensor& packed) {
   const bool bytes = packed.defined() && packed.is_cpu() && dtype_of(packed) == aoti_torch_dtype_uint8() &&
-                     packed.dim() == 1 && packed.is_contiguous();
+                     packed.dim() == 1 && packed.is_contiguous() && !was_freed(packed);
   const PackedHeader* const header = bytes ? header_at(packed.data_ptr(), packed.size(0)) : nullptr;
   if (!header) fail("packed: expected what fastrnn::pack returned, got another tensor");
   if (std::strcmp(header->isa, current().isa))

@@ -27,7 +27,7 @@ PyTypeObject *tensor_type, *parameter_type;
 struct Names {
   PyObject *parameters, *flat_weights_names, *input_size, *hidden_size, *proj_size, *num_layers, *bidirectional,
       *batch_first, *training, *dropout, *bias, *frozen, *packed, *sources, *version, *is_cpu, *is_neg, *is_zerotensor,
-      *requires_grad, *contiguous, *new_empty, *current_level, *mkldnn, *rnn;
+      *storage_offset, *requires_grad, *contiguous, *new_empty, *current_level, *mkldnn, *rnn;
   PyObject* of_cell[4];
 } names;
 
@@ -51,6 +51,7 @@ void make_names() {
   names.is_cpu = name("is_cpu");
   names.is_neg = name("is_neg");
   names.is_zerotensor = name("_is_zerotensor");
+  names.storage_offset = name("storage_offset");
   names.requires_grad = name("requires_grad");
   names.contiguous = name("contiguous");
   names.new_empty = name("new_empty");
@@ -159,11 +160,16 @@ struct View : dlpack::Tensor {
 // Whether a tensor's values are not those in its memory, because it is a view that negates them.
 bool is_negated(PyObject* object) { return !is_false(object, names.is_neg, true); }
 
-// Whether it stands for zeros without any: its address is then an offset.
+// Whether it stands for zeros without any, or its memory was given back under it: its address is then an offset.
 bool has_no_memory(PyObject* object, const View& view) {
   constexpr uintptr_t offsets = uintptr_t(1) << 40;
-  return !view.data ||
-         (reinterpret_cast<uintptr_t>(view.data) < offsets && !is_false(object, names.is_zerotensor, true));
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  if (address == 0 || address >= offsets) return address == 0;
+  const Owned offset(PyObject_CallMethodNoArgs(object, names.storage_offset));
+  const int64_t values = offset ? PyLong_AsLongLong(offset.get()) : -1;
+  if (PyErr_Occurred()) PyErr_Clear();
+  return values < 0 || address == uintptr_t(values) * view.dtype.bits / 8 ||
+         !is_false(object, names.is_zerotensor, true);
 }
 
 // Reads a tensor with memory on the CPU, and keeps it alive.

@@ -141,3 +141,35 @@ def test_all_states_is_a_bool(value):
     ):
         with pytest.raises(TypeError, match=f"all_states: expected a bool, got {type(value).__name__}"):
             call()
+
+
+def free(t):
+    t.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNNCell", "LSTMCell"])
+def test_a_tensor_whose_memory_is_gone_is_named(kind, gradients):
+    """As after untyped_storage().resize_(0), by which some give memory back for a while: torch.nn may crash then."""
+
+    def made():
+        rnn = getattr(fastrnn, kind)(5, 7)
+        steps = () if kind.endswith("Cell") else (4,)
+        layers = () if kind.endswith("Cell") else (1,)
+        state = [torch.randn(*layers, 3, 7) for _ in range(2 if kind.startswith("LSTM") else 1)]
+        return rnn, torch.randn(2, *steps, 3, 5)[1], state
+
+    for lost in ("input", "state", "weight", "bias"):
+        rnn, x, state = made()
+        weights = [p.detach() for p in rnn.parameters()]
+        free({"input": x, "state": state[-1], "weight": weights[1], "bias": weights[3]}[lost])
+        with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match="whose storage is empty"):
+            rnn(x, tuple(state) if len(state) == 2 else state[0])
+    if not gradients:
+        return
+    for lost in ("input", "weight"):
+        rnn, x, state = made()
+        found = rnn(x.requires_grad_(), tuple(state) if len(state) == 2 else state[0])
+        free(x.detach() if lost == "input" else [p.detach() for p in rnn.parameters()][1])
+        with pytest.raises(RuntimeError, match="whose storage is empty"):
+            sum(t.sum() for t in tensors_in(found)).backward()
