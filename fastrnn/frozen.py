@@ -119,8 +119,8 @@ _FREEZE = """Packs the weights once, for calls that need no gradient: they then 
 
     Costs memory for a second copy of the weights, at most in float32 for 16-bit ones. Calls that record for backward,
     want all_states, or run under autocast or torch.compile, use the weights themselves. A deep copy is frozen too, a
-    pickle is not. Results are the same bits as without, except for one step of at most 4 rows (of 8 from
-    hidden_size 96 on), which is otherwise summed in another order.
+    pickle is not. Results are the same bits as without, except for one step of at most 4 rows, or from hidden_size 96
+    on where steps times rows are at most 8: those are otherwise summed in another order.
 
     Raises:
         ValueError: a weight that no kernel serves (its device, dtype or tensor subclass), that is computed (a

@@ -24,8 +24,9 @@ from torch.utils.flop_counter import register_flop_formula
 from fastrnn import fakes, ops, reference
 
 # Steps of a chunk: as many as give so many rows, but not more than this part of the sequence, and not less than so
-# many. Shorter ones make the operators' own costs and the packing of the weights dear, longer ones the tape.
-_ROWS, _PARTS, _FEWEST = 4096, 5, 16
+# many. Shorter ones make the operators' own costs and the packing of the weights dear, longer ones the tape. More than
+# 16, so that no chunk has fewer than nine (_bound): steps times rows of at most eight may be summed in another order.
+_ROWS, _PARTS, _FEWEST = 4096, 5, 18
 
 
 def worthwhile(T) -> bool:
@@ -41,8 +42,8 @@ def _mark_count(T, B):
 
 
 def _bound(k, count, T):
-    """Where chunk k of `count` begins. They are of about the same length, so that none is a single step, whose sums
-    another path of the kernels may take in another order."""
+    """Where chunk k of `count` begins. They are of about the same length, so that none is much shorter: of few steps,
+    another path of the kernels may take the sums in another order (csrc/cpu/pack.h, few_enough_for_dots)."""
     return k * T // count
 
 

@@ -65,7 +65,7 @@ def test_numbers(name, options, dtype, rule, isa):
 @pytest.mark.parametrize(("name", "options"), CELLS, ids=IDS)
 def test_a_sequence_of_steps_is_the_sequence(name, options, batch, H, isa):
     """Bit for bit above four rows, eight of wide layers; one step of fewer is summed in another order (csrc/cpu/pack.h,
-    dot_rows)."""
+    few_enough_for_dots)."""
     cell = getattr(fastrnn, name)(5, H, **options)
     rnn = getattr(fastrnn, name.removesuffix("Cell"))(5, H, **options)
     rnn.load_state_dict({n + "_l0": p for n, p in cell.state_dict().items()})

@@ -39,7 +39,8 @@ def equal(a, b):
 
 
 def assert_same(a, b, one_step=False):
-    """Bit for bit; but one step of up to four rows is summed in another order (csrc/cpu/pack.h, dot_rows)."""
+    """Bit for bit; but one step of up to four rows is summed in another order (csrc/cpu/pack.h,
+    few_enough_for_dots)."""
     if one_step:
         assert a.shape == b.shape
         assert (a.double() - b.double()).norm() <= 8 * torch.finfo(a.dtype).eps * (1 + b.double().norm())

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 from fastrnn import ops
 
-SIZES = [(1, 1, 200), (12, 1, 61), (1, 33, 70), (9, 3, 130), (9, 33, 70), (40, 1, 130), (40, 3, 70)]  # T, B, H
+# T, B, H
+SIZES = [(1, 1, 200), (12, 1, 61), (1, 33, 70), (9, 3, 130), (9, 33, 70), (40, 1, 130), (40, 3, 70), (4, 2, 130)]
 I = 11
 # (split, threads), to be compared with ("serial", 1).
 WAYS = [

@@ -29,8 +29,10 @@ struct ForwardPass {
   const bool keeps_h = (Cell::reads_h && !O::exact(storage)) || O::keeps_small;
   const int64_t own_w = O::tiled ? round_up(larger(Hp, Pp), 2 * W) : Hp;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
-  // By the whole batch: no cut into slices changes bits.
-  const bool dot = !prepacked && !O::tiled && p.T == 1 && p.B <= dot_rows(p.H, !as_words);
+  // Where a product has its weights from: a packed copy; a panel, into which each group is packed when its turn comes,
+  // as it is used once; or their own rows, by dot products.
+  enum class From { copy, panel, rows };
+  From from_ih = From::copy, from_hh = From::copy;  // W_hr comes as W_hh does
   Split split;
   Packed<V, G> w_ih[2], w_hh[2];
   Packed<V, 1> w_hr[2];
@@ -39,8 +41,8 @@ struct ForwardPass {
   int64_t longest;     // rows of the largest slice
   int64_t tile;        // rows of one input projection
   int64_t tile_steps;  // as many as fit into it, of all rows
-  bool once = false;   // one step of few rows: every group of the weights is used once, and packed there and then
   bool folded;
+  bool in_pieces = false;  // whether the steps come piece by piece (stack.h)
 
   // Of one slice in one direction, shared by its parts.
   struct State {
@@ -93,10 +95,12 @@ struct ForwardPass {
   // For a wavefront (stack.h), where one worker has the whole layer: the bytes it needs, taking them, the steps there
   // are, and some of them.
   int64_t size() {
+    in_pieces = true;
     lay_out(nullptr);
     return layout_size;
   }
   void prepare(char* memory) {
+    in_pieces = true;
     lay_out(memory);
     prepare(int64_t(0));
   }
@@ -140,10 +144,12 @@ struct ForwardPass {
     constexpr int64_t few = 24, many = 96, cache = 512 * 1024;
     tile = cache / (blocks * G * W * int64_t(sizeof(T)));
     tile = tile < few ? few : tile > many ? many : tile;
+    // More, where all rows then are one tile (choose_weights), which spares more memory than its result takes.
+    if (can_be_panels() && longest * p.T <= many && 2 * longest * p.T <= p.I) tile = many;
     tile = smaller(split.ahead ? ahead_rows : tile, longest * p.T);
     tile_steps = larger(tile / larger(longest, 1), 1);
-    once = !prepacked && !O::tiled && p.T == 1 && longest <= tile && split.slices == 1;
-    folded = p.I <= folded_input && !once && !dot;
+    choose_weights();
+    folded = p.I <= folded_input && from_ih == From::copy;
     for (int d = 0; d < p.D; ++d) {
       if (prepacked) {
         Carve kept{const_cast<char*>(bytes(p.weights[d].packed))};  // read only
@@ -152,7 +158,7 @@ struct ForwardPass {
         take_weights(carve, d);
       }
     }
-    pack_scratch_size = once || prepacked || as_words ? 0 : W * larger(p.I, larger(p.P, p.H));
+    pack_scratch_size = from_hh != From::copy || prepacked || as_words ? 0 : W * larger(p.I, larger(p.P, p.H));
     pack_scratch = carve.take<T>(pack_scratch_size * split.workers);
     carve.gap();
     barriers = carve.take<Barrier>(1 + split.directions * split.slices);
@@ -190,7 +196,7 @@ struct ForwardPass {
       carve.gap();
       w.progress = carve.take<Progress>(split.ahead);
       if (memory) zero(w.progress, split.ahead);
-      const int64_t deepest = once || dot ? larger(p.I, larger(p.P, p.H)) : 0;
+      const int64_t deepest = from_ih == From::copy ? 0 : from_hh == From::copy ? p.I : larger(p.I, larger(p.P, p.H));
       w.panel = carve.take<T>(deepest * group_vectors * W);
       w.scratch = carve.take<T>(as_words ? 0 : deepest * W);
       if (O::keeps_small) {
@@ -207,13 +213,27 @@ struct ForwardPass {
     layout_size = carve.used;
   }
 
+  // Whether weights may be packed when their turn comes: not where others want them too, or could have packed them
+  // meanwhile.
+  bool can_be_panels() const { return !prepacked && !O::tiled && split.slices == 1 && !split.ahead && !in_pieces; }
+
+  // from_ih and from_hh, once the split and the tile are known.
+  void choose_weights() {
+    if (prepacked || O::tiled) return;
+    // By the whole batch: no cut into slices changes bits.
+    const bool dots = few_enough_for_dots(p.T, p.B, p.H, !as_words);
+    const bool one_tile = can_be_panels() && longest * p.T <= tile, one_step = p.T == 1;
+    if (p.I > folded_input || one_step) from_ih = dots ? From::rows : one_tile ? From::panel : From::copy;
+    from_hh = dots ? From::rows : one_tile && one_step ? From::panel : From::copy;
+  }
+
   // The packed weights of direction d, and its biases. Their places depend on the layer's sizes alone.
   void take_weights(Carve& carve, int d) {
-    const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
-    w_ih[d] = {matrix(Packed<V, G>::count(Iw, p.H)), Iw, blocks};
-    w_hh[d] = {matrix(Packed<V, G>::count(Pw, p.H)), Pw, blocks};
+    const auto matrix = [&](From from, int64_t values) { return from == From::copy ? carve.take<T>(values) : nullptr; };
+    w_ih[d] = {matrix(from_ih, Packed<V, G>::count(Iw, p.H)), Iw, blocks};
+    w_hh[d] = {matrix(from_hh, Packed<V, G>::count(Pw, p.H)), Pw, blocks};
     w_hr[d] = {nullptr, p.H, ceil_div(p.P, W)};
-    if (projected) w_hr[d].data = matrix(Packed<V, 1>::count(p.H, p.P));
+    if (projected) w_hr[d].data = matrix(from_hh, Packed<V, 1>::count(p.H, p.P));
     bias_x[d] = carve.take<T>(blocks * G * W);
     bias_h[d] = carve.take<T>(X * Hp);
   }
@@ -291,7 +311,7 @@ struct ForwardPass {
   }
 
   void pack_input_weights(int d, const Place& place, T* scratch) {
-    if (once) return;
+    if (from_ih != From::copy) return;
     if (folds_values)
       pack_share<Folded>(w_ih[d], source_ih(d), storage, split, place, scratch);
     else
@@ -300,7 +320,7 @@ struct ForwardPass {
 
   void pack_state_weights(int d, const Place& place, T* scratch) {
     if (place.part == 0 && place.slice == 0) pack_bias(p.weights[d], bias_x[d], bias_h[d]);
-    if (once) return;
+    if (from_hh != From::copy) return;
     pack_share<O>(w_hh[d], source_hh(d), storage, split, place, scratch);
     if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, scratch);
   }
@@ -378,7 +398,8 @@ struct ForwardPass {
   Step step_at(const Worker& w, int d, int64_t q) const {
     const int64_t t = d ? p.T - 1 - q : q, now = w.slice.active(p, t);
     const State& s = w.states[d];
-    const bool two_pairs = w.last - w.first >= 4 * Packed<V, G>::U && !once && !dot;  // else nothing changes places
+    // Else nothing changes places.
+    const bool two_pairs = w.last - w.first >= 4 * Packed<V, G>::U && from_hh == From::copy;
     const bool last = q + 1 == p.T;
     return {d,
             t,
@@ -472,6 +493,7 @@ struct ForwardPass {
   void vector_project_input(const Worker& w, int d, int64_t rows, T* gates_x) const {
     const int64_t ld = (w.last - w.first) * G * W;
     const Source source = source_ih(d);
+    const bool dot = from_ih == From::rows;
     over_groups<Packed<V, G>::U>(w.first, w.last, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value, N = U * G;
       const T* bias = bias_x[d] + block * G * W;
@@ -502,9 +524,10 @@ struct ForwardPass {
     constexpr int U = Packed<V, G>::U;
     if (s.back && end - begin == 1) return step_back(w, s, begin, gates_x);
     int64_t first = w.first;
-    if (end - begin == 1 && !once && !dot)
+    if (end - begin == 1 && from_hh == From::copy)
       for (; first + 2 * U <= w.last; first += 2 * U) step_pair(w, s, begin, first, gates_x);
     const Source source = source_hh(s.d);
+    const bool dot = from_hh == From::rows;
     over_groups<U>(first, w.last, [&](auto u, int64_t block) {
       constexpr int blocks = decltype(u)::value;
       const T* group = dot ? nullptr : group_at<O>(w_hh[s.d], source, storage, block, blocks, w.panel, w.scratch);
@@ -625,6 +648,7 @@ struct ForwardPass {
   void project_state(const Worker& w, int d, int64_t q) {
     const Step s = step_at(w, d, q);
     const Source source = source_hr(d);
+    const bool dot = from_hh == From::rows;
     over_groups<Packed<V, 1>::U>(w.first_out, w.last_out, [&](auto u, int64_t block) {
       constexpr int U = decltype(u)::value;
       const T* group = dot ? nullptr : group_at<Singles<V>>(w_hr[d], source, storage, block, U, w.panel, w.scratch);

@@ -178,12 +178,13 @@ static const typename V::T* group_at(const Packed<V, G>& m, const Source& from, 
   return panel;
 }
 
-// How many rows one step may have that is multiplied by dot products with the weights' own rows, which then are not
-// packed: more where they are many, so that reading and writing them is what packing costs. copied: rows of weights are
-// not read as they lie.
-inline int64_t dot_rows(int64_t H, bool copied) {
+// Whether T steps of B rows are so few that they are multiplied by dot products with the weights' own rows, which then
+// are not packed: of few units, one step of few rows; of many, where reading and writing them is what packing costs,
+// more rows, or as many rows times steps. copied: rows of weights are not read as they lie.
+inline bool few_enough_for_dots(int64_t T, int64_t B, int64_t H, bool copied) {
   constexpr int64_t few = 4, some = 8, many_units = 96;
-  return f32::lanes == 1 ? 0 : H < many_units || copied ? few : some;
+  if (f32::lanes == 1) return false;
+  return H < many_units || copied ? T == 1 && B <= few : T * B <= some;
 }
 
 // The sums of `lanes` vectors: lane i of the result is that of vector i, whose lanes are added as a tree, i to
