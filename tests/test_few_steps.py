@@ -1,5 +1,5 @@
-"""Few steps of few rows: products with the weights' own rows, and a projection that packs each group when its turn comes
-(csrc/cpu/forward.h, From). Numbers, bits, and where one way ends and the other begins."""
+"""Few steps of few rows: products with the weights' own rows, and a projection that packs each group when its turn
+comes (csrc/cpu/forward.h, From). Numbers, bits, and where one way ends and the other begins."""
 
 import copy
 import itertools
