@@ -40,9 +40,11 @@ constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #endif
 #include "layer.h"
 #include "forward.h"
+#include "forward_step.h"
 #include "gradients.h"
 #include "watch.h"
 #include "backward.h"
+#include "backward_step.h"
 #include "backward_chunk.h"
 #ifdef FASTRNN_ISA_AMX
 #include "tiled_passes.h"
