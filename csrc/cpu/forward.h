@@ -43,6 +43,7 @@ struct ForwardPass {
   int64_t tile_steps;  // as many as fit into it, of all rows
   bool folded;
   bool in_pieces = false;  // whether the steps come piece by piece (stack.h)
+  bool in_lanes = false;   // whether a vector holds a unit of many rows (forward_lanes.h)
 
   // Of one slice in one direction, shared by its parts.
   struct State {
@@ -52,6 +53,17 @@ struct ForwardPass {
     T* c;         // [rows][Hp]
     T* h_reset;   // [rows][Pp] what h starts from after a cut; null: zero
     T* c_reset;   // [rows][Hp]
+  };
+
+  // Where a vector holds a unit of W rows (forward_lanes.h).
+  struct Lanes {
+    // Of so many units all gates are summed at once: the sums of both products, and those of a run, fill the registers.
+    static constexpr int units = accumulators / 3 / G > 0 ? accumulators / 3 / G : 1;
+    T* weights;  // [groups of units][I + H][units][G]
+    T* x;        // [I][W]
+    T* h[2];     // [rows / W][H][W], the states that enter even, odd steps
+    T* c;        // [rows / W][H][W]
+    T* tape;     // [tape][H][W], of a step of W rows
   };
 
   // A projected tile.
@@ -76,6 +88,7 @@ struct ForwardPass {
     Tile tiles[2] = {};            // in turn, if its input is projected ahead; else the first alone
     Progress* progress = nullptr;  // if so
     bool* cut = nullptr;           // [rows] whether what enters the next step is zero
+    Lanes lanes = {};              // if in_lanes
     // Rows too small for tiles (O::keeps_small): of the state, and of the input that is gathered, with where they lie.
     bool *small_h = nullptr, *small_x = nullptr;
     const char** from_x = nullptr;
@@ -148,6 +161,7 @@ struct ForwardPass {
     if (can_be_panels() && longest * p.T <= many && 2 * longest * p.T <= p.I) tile = many;
     tile = smaller(split.ahead ? ahead_rows : tile, longest * p.T);
     tile_steps = larger(tile / larger(longest, 1), 1);
+    in_lanes = suits_lanes();
     choose_weights();
     folded = p.I <= folded_input && from_ih == From::copy;
     for (int d = 0; d < p.D; ++d) {
@@ -187,6 +201,7 @@ struct ForwardPass {
       w.last = first_block(w_hh[0], place.part + 1, split.parts);
       w.first_out = first_block(w_hr[0], place.part, split.parts);
       w.last_out = first_block(w_hr[0], place.part + 1, split.parts);
+      if (in_lanes) take_lanes(carve, w.lanes);
       w.x = carve.take<T>((folded ? longest : tile + O::row_beyond) * row_x);
       for (int k = 0; k < (split.ahead ? 2 : 1); ++k) {
         carve.gap();
@@ -220,6 +235,10 @@ struct ForwardPass {
   // from_ih and from_hh, once the split and the tile are known.
   void choose_weights() {
     if (prepacked || O::tiled) return;
+    if (in_lanes) {
+      from_ih = from_hh = From::rows;
+      return;
+    }
     // By the whole batch: no cut into slices changes bits.
     const bool dots = few_enough_for_dots(p.T, p.B, p.H, !as_words);
     const bool one_tile = can_be_panels() && longest * p.T <= tile, one_step = p.T == 1;
@@ -415,6 +434,15 @@ struct ForwardPass {
             split.alternate && (q & 1) && two_pairs};
   }
 
+  // forward_lanes.h
+  bool suits_lanes() const;
+  void take_lanes(Carve& carve, Lanes& lanes) const;
+  void turn_in(const Worker& w, int d);
+  void advance_in_lanes(const Worker& w, int d, int64_t begin, int64_t end);
+  void step_in_lanes(const Lanes& lanes, int d, const T* h, T* h_new, T* c) const;
+  template <class F>
+  void over_rows_of(const T* turned, int64_t rows, const F& f) const;
+
   // forward_step.h
   void advance_through(Worker& w, int d, int64_t begin, int64_t end, int64_t turn);
   void advance(Worker& w, int d, int64_t q, int64_t begin, int64_t end, int64_t turn);
@@ -424,7 +452,7 @@ struct ForwardPass {
   void vector_project_input(const Worker& w, int d, int64_t rows, T* gates_x) const;
   void step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const;
   void vector_step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const;
-  // By tiles: tiled_passes.h.
+  // tiled_passes.h
   void tiled_project_input(const Worker& w, int d, int64_t rows, T* gates_x) const;
   void tiled_step(const Worker& w, const Step& s, int64_t begin, int64_t end, const T* gates_x) const;
   FASTRNN_MEMBER void step_pair(const Worker& w, const Step& s, int64_t row, int64_t block, const T* gates_x) const;

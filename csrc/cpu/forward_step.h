@@ -4,6 +4,7 @@
 // Steps [begin, end) by a worker that has whole slices; of their input, projected ahead, in which of its tiles it is.
 template <class Cell, class V, class O>
 void ForwardPass<Cell, V, O>::advance_through(Worker& w, int d, int64_t begin, int64_t end, int64_t turn) {
+  if (in_lanes) return advance_in_lanes(w, d, begin, end);
   for (int64_t q = begin; q < end; ++q) {
     advance(w, d, q, begin, end, turn);
     if (projected) project_state(w, d, q);

@@ -41,6 +41,7 @@ constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #include "layer.h"
 #include "forward.h"
 #include "forward_step.h"
+#include "forward_lanes.h"
 #include "gradients.h"
 #include "watch.h"
 #include "backward.h"
