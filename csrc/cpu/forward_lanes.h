@@ -26,15 +26,17 @@ FASTRNN_INLINE void product_of_lanes(V (&sum)[N], const typename V::T* left, con
   for (int v = 0; v < N; ++v) sum[v] = total[0][v];
 }
 
-// Where that is possible, and pays. Measured: as fast or faster where no more numbers are computed than elsewhere, with
-// or without a rest of rows or units; the tape's rows have to be turned back.
+// Where that is possible, and pays. Measured: as fast or faster where no more numbers are computed than elsewhere,
+// those of empty lanes among them; the tape's rows have to be turned back; and turning the weights costs two steps of
+// as many rows as there are lanes, which packing would cost too.
 template <class Cell, class V, class O>
 bool ForwardPass<Cell, V, O>::suits_lanes() const {
   constexpr int64_t few_steps = 4, weights_kept_near = 512 * 1024;
   if (W == 1 || !as_words || O::tiled || projected || p.first_row || p.reset) return false;
-  if (split.parts > 1 || split.ahead || p.T < few_steps) return false;
+  if (split.parts > 1 || split.ahead || p.T < few_steps || 2 * longest < W) return false;
   if (G * p.H * (p.I + p.H) * int64_t(sizeof(T)) > weights_kept_near) return false;
-  const int64_t here = round_up(longest, W) * p.H, elsewhere = longest * Hp;
+  const int64_t turning = prepacked ? 2 : 0;
+  const int64_t here = (p.T * ceil_div(longest, W) + turning) * W * p.H, elsewhere = p.T * longest * Hp;
   return p.tape ? 23 * here <= 20 * elsewhere : 20 * here <= 21 * elsewhere;
 }
 
