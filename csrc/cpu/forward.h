@@ -57,13 +57,12 @@ struct ForwardPass {
 
   // Where a vector holds a unit of W rows (forward_lanes.h).
   struct Lanes {
-    // Of so many units all gates are summed at once: the sums of both products, and those of a run, fill the registers.
-    static constexpr int units = accumulators / 3 / G > 0 ? accumulators / 3 / G : 1;
-    T* weights;  // [groups of units][I + H][units][G]
-    T* x;        // [I][W]
-    T* h[2];     // [rows / W][H][W], the states that enter even, odd steps
-    T* c;        // [rows / W][H][W]
-    T* tape;     // [tape][H][W], of a step of W rows
+    static constexpr int units = 8 / G;  // so many at once: eight sums or so keep the multipliers busy
+    T* weights;                          // [groups of units][I + H][units][G]
+    T* x;                                // [I][W]
+    T* h[2];                             // [rows / W][H][W], the states that enter even, odd steps
+    T* c;                                // [rows / W][H][W]
+    T* tape;                             // [tape][H][W], of a step of W rows
   };
 
   // A projected tile.

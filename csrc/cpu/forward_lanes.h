@@ -27,8 +27,8 @@ FASTRNN_INLINE void product_of_lanes(V (&sum)[N], const typename V::T* left, con
 }
 
 // Where that is possible, and pays. Measured: as fast or faster where no more numbers are computed than elsewhere,
-// those of empty lanes among them; the tape's rows have to be turned back; and turning the weights costs two steps of
-// as many rows as there are lanes, which packing would cost too.
+// those of empty lanes among them; where broadcasts cost instructions, or a tape's rows have to be turned back, a
+// seventh fewer. Turning the weights costs two steps of as many rows as there are lanes, which packing would cost too.
 template <class Cell, class V, class O>
 bool ForwardPass<Cell, V, O>::suits_lanes() const {
   constexpr int64_t few_steps = 4, weights_kept_near = 512 * 1024;
@@ -37,7 +37,7 @@ bool ForwardPass<Cell, V, O>::suits_lanes() const {
   if (G * p.H * (p.I + p.H) * int64_t(sizeof(T)) > weights_kept_near) return false;
   const int64_t turning = prepacked ? 2 : 0;
   const int64_t here = (p.T * ceil_div(longest, W) + turning) * W * p.H, elsewhere = p.T * longest * Hp;
-  return p.tape ? 23 * here <= 20 * elsewhere : 20 * here <= 21 * elsewhere;
+  return p.tape || !broadcasts_in_fma ? 23 * here <= 20 * elsewhere : 20 * here <= 21 * elsewhere;
 }
 
 template <class Cell, class V, class O>

@@ -19,12 +19,16 @@ namespace fastrnn::FASTRNN_NAMESPACE {
 namespace {
 
 // A register tile: so many sums leave registers for the operands. Tall tiles load the weights seldom; how tall is best,
-// was measured, for panels of three vectors (GRU) and for the others.
+// was measured, for panels of three vectors (GRU) and for the others. broadcasts_in_fma: one instruction reads a value,
+// broadcasts and multiplies it.
 #if defined(FASTRNN_ISA_AVX512)
+constexpr bool broadcasts_in_fma = true;
 constexpr int accumulators = 24, tall_rows = 8, tall_rows_of_three = 6;
 #elif defined(FASTRNN_ISA_AVX2)
+constexpr bool broadcasts_in_fma = false;
 constexpr int accumulators = 12, tall_rows = 6, tall_rows_of_three = 4;
 #else
+constexpr bool broadcasts_in_fma = false;
 constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #endif
 
