@@ -5,10 +5,13 @@ import itertools
 
 import pytest
 import torch
-from conftest import KINDS, against_torch, build, equal, normal, shared_out, tensors_in, with_gradients
+from conftest import ISAS, KINDS, against_torch, build, equal, normal, shared_out, tensors_in, with_gradients
 
 # H, I, B: few units, a vector and more, none left over; rows that fill vectors and a rest of them.
 SIZES = [(10, 5, 16), (18, 1, 33), (20, 32, 64), (25, 9, 17), (40, 40, 31), (1, 3, 40), (50, 20, 64), (32, 9, 32)]
+
+# Where a vector has one lane, rows go by rows.
+vectors = pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "scalar"], indirect=True)
 
 
 def states(kind, D, B, H, dtype):
@@ -16,6 +19,7 @@ def states(kind, D, B, H, dtype):
     return tuple(made) if kind == "LSTM" else made[0]
 
 
+@vectors
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bits_of_rows(kind, dtype, isa):
@@ -34,6 +38,7 @@ def test_the_bits_of_rows(kind, dtype, isa):
             equal(rnn.eval().freeze()(x, hx), by_rows)
 
 
+@vectors
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind, isa):
     """From the same tape: the same bits."""
@@ -47,6 +52,7 @@ def test_gradients(kind, isa):
         )
 
 
+@vectors
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers(kind, rule, isa):
     for H, I, B in SIZES:

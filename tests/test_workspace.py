@@ -105,18 +105,19 @@ def test_a_call_beyond_the_bounds_keeps_nothing_of_itself():
 
 
 def test_scratch_too_large_for_a_thread_counts_among_what_the_process_keeps():
-    rnn, x = fastrnn.LSTM(40, 1800), torch.randn(2, 1, 40)  # packed weights of 4 * 1800 * 1840 * 4 bytes = 51 MiB
+    # More rows than a tile of the projection has: all weights are packed, 4 * 1800 * 1840 * 4 bytes = 51 MiB.
+    rnn, x = fastrnn.LSTM(40, 1800), torch.randn(33, 3, 40)
     with torch.no_grad():
         rnn(x)
         small = fastrnn.workspace_bytes()
         assert 50 * MIB < small <= SCRATCH
-        rnn, x = fastrnn.LSTM(1400, 1800), torch.randn(2, 1, 1400)  # 88 MiB
+        rnn, x = fastrnn.LSTM(1400, 1800), torch.randn(33, 3, 1400)  # 88 MiB
         expected = rnn(x)[0]
         both = fastrnn.workspace_bytes()
         assert small + 85 * MIB < both <= SCRATCH + TAPES
         assert rnn(x)[0].equal(expected)
         assert fastrnn.workspace_bytes() == both  # used again
-        rnn, x = fastrnn.LSTM(1400, 4800), torch.randn(2, 1, 1400)  # 454 MiB
+        rnn, x = fastrnn.LSTM(1400, 4800), torch.randn(33, 3, 1400)  # 454 MiB
         rnn(x)
         assert fastrnn.workspace_bytes() == both  # kept by nobody, and drives nothing out
     assert fastrnn.release_workspace() == both
