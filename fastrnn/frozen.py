@@ -1,7 +1,7 @@
 """module.freeze(): weights that stay packed as the kernels read them, for inference.
 
-Without it every call packs the weights anew, because torch does not say when they change (`_version` misses writes
-through .data, numpy and fused optimizers). freeze() is the user's word that they will not.
+Without it all but the shortest calls pack the weights anew, because torch does not say when they change (`_version`
+misses writes through .data, numpy and fused optimizers). freeze() is the user's word that they will not.
 """
 
 from __future__ import annotations

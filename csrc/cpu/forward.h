@@ -6,6 +6,7 @@
 // waiting for the others; the parts of the hidden units of a slice meet after each step. The state is double-buffered,
 // so a step needs no second barrier. Where a thread is left over (Split::ahead), it projects one tile while the other
 // goes through the steps of the tile before. In 16-bit storage h is rounded once per step; everything else stays float.
+// Few units in many rows go another way: forward_lanes.h.
 
 // O says what the products of the input and of the state with the weights multiply (operand.h); a projection multiplies
 // single values.
@@ -30,7 +31,7 @@ struct ForwardPass {
   const int64_t own_w = O::tiled ? round_up(larger(Hp, Pp), 2 * W) : Hp;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
   // Where a product has its weights from: a packed copy; a panel, into which each group is packed when its turn comes,
-  // as it is used once; or their own rows, by dot products.
+  // as it is used once; or their own rows, by dot products, or turned if in_lanes.
   enum class From { copy, panel, rows };
   From from_ih = From::copy, from_hh = From::copy;  // W_hr comes as W_hh does
   Split split;
@@ -201,16 +202,18 @@ struct ForwardPass {
       w.first_out = first_block(w_hr[0], place.part, split.parts);
       w.last_out = first_block(w_hr[0], place.part + 1, split.parts);
       if (in_lanes) take_lanes(carve, w.lanes);
-      w.x = carve.take<T>((folded ? longest : tile + O::row_beyond) * row_x);
+      w.x = carve.take<T>((in_lanes ? 0 : folded ? longest : tile + O::row_beyond) * row_x);
       for (int k = 0; k < (split.ahead ? 2 : 1); ++k) {
         carve.gap();
-        w.tiles[k].gates_x = carve.take<T>(folded ? 0 : tile * (w.last - w.first) * G * W);
+        w.tiles[k].gates_x = carve.take<T>(folded || in_lanes ? 0 : tile * (w.last - w.first) * G * W);
         w.tiles[k].offset = carve.take<int64_t>(tile_steps);
       }
       carve.gap();
       w.progress = carve.take<Progress>(split.ahead);
       if (memory) zero(w.progress, split.ahead);
-      const int64_t deepest = from_ih == From::copy ? 0 : from_hh == From::copy ? p.I : larger(p.I, larger(p.P, p.H));
+      const int64_t deepest = from_ih == From::copy || in_lanes ? 0
+                              : from_hh == From::copy           ? p.I
+                                                                : larger(p.I, larger(p.P, p.H));
       w.panel = carve.take<T>(deepest * group_vectors * W);
       w.scratch = carve.take<T>(as_words ? 0 : deepest * W);
       if (O::keeps_small) {

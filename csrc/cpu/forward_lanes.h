@@ -5,27 +5,6 @@
 // Rows are worked on `lanes` at a time, from the first step to the last; their input and state lie turned, [unit][row],
 // and the weights are broadcast value by value.
 
-// sum[v] = sum over k of left[k] * weights[k][v], left [K][lanes]; summed as `product` does.
-template <int N, class V>
-FASTRNN_INLINE void product_of_lanes(V (&sum)[N], const typename V::T* left, const typename V::T* weights, int64_t K) {
-  const int64_t run = run_length(K);
-  V total[1][N];
-  clear(total);
-  for (int64_t begin = 0; begin < K; begin += run) {
-    V part[1][N];
-    clear(part);
-    const int64_t end = smaller(begin + run, K);
-    for (int64_t k = begin; k < end; ++k) {
-      const V x = V::load(left + k * V::lanes);
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) part[0][v] = fma(V::set(weights[k * N + v]), x, part[0][v]);
-    }
-    add(total, part);
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) sum[v] = total[0][v];
-}
-
 // Where that is possible, and pays. Measured: as fast or faster where no more numbers are computed than elsewhere,
 // those of empty lanes among them; where broadcasts cost instructions, or a tape's rows have to be turned back, a
 // seventh fewer. Turning the weights costs two steps of as many rows as there are lanes, which packing would cost too.
@@ -139,7 +118,7 @@ void ForwardPass<Cell, V, O>::step_in_lanes(const Lanes& lanes, int d, const T* 
   constexpr int units = Lanes::units, N = units * G;
   for (int64_t first = 0; first < p.H; first += units) {
     const T* weights = lanes.weights + first * G * (p.I + p.H);
-    V from_x[N], from_h[N];
+    V from_x[1][N], from_h[1][N];
     product_of_lanes(from_x, lanes.x, weights, p.I);
     product_of_lanes(from_h, h, weights + p.I * N, p.H);
     for (int u = 0; u < units && first + u < p.H; ++u) {
@@ -148,11 +127,11 @@ void ForwardPass<Cell, V, O>::step_in_lanes(const Lanes& lanes, int d, const T* 
       V a[S], tape[Cell::tape], state = Cell::reads_h ? V::load(h + at) : V::set(0);
       V cell = Cell::has_c ? V::load(c + at) : V::set(0);
       for (int slot = 0; slot < S; ++slot) {
-        const V x = slot >= X ? from_x[u * G + slot - X] + V::set(bias[(slot - X) * W]) : V::set(0);
+        const V x = slot >= X ? from_x[0][u * G + slot - X] + V::set(bias[(slot - X) * W]) : V::set(0);
         if (slot < X)
-          a[slot] = from_h[u * G + slot] + V::set(bias_h[d][slot * Hp + unit]);
+          a[slot] = from_h[0][u * G + slot] + V::set(bias_h[d][slot * Hp + unit]);
         else
-          a[slot] = slot < G ? from_h[u * G + slot] + x : x;
+          a[slot] = slot < G ? from_h[0][u * G + slot] + x : x;
       }
       Cell::forward(a, state, cell, tape);
       if (Cell::has_c) cell.store(c + at);

@@ -149,6 +149,22 @@ FASTRNN_INLINE void product_of_pair(V (&sum)[2][N], const typename V::T* a, cons
   }
 }
 
+// sum[0][v] = sum over k of a[k] * b[k][v], a vectors of rows, b values: what forward_lanes.h multiplies.
+template <int N, class V>
+FASTRNN_INLINE void product_of_lanes(V (&sum)[1][N], const typename V::T* a, const typename V::T* b, int64_t K) {
+  const int64_t run = run_length(K);
+  clear(sum);
+  for (int64_t begin = 0; begin < K; begin += run) {
+    V part[1][N];
+    clear(part);
+    const int64_t end = smaller(begin + run, K);
+    for (int64_t k = begin; k < end; ++k)
+      multiply_add<Singles<V>>(
+          part, [&](int) { return V::load(a + k * V::lanes); }, [&](int v) { return V::set(b[k * N + v]); });
+    add(sum, part);
+  }
+}
+
 // sum[m][v] = sum over gates g and k < H of a(m, g, k) * b[g * H + k][v]. Row m begins at a[m], in a Blocked matrix
 // whose blocks lie a_block words apart, gate g at block g * ceil(H / lanes); b is a packed group. H counts words.
 template <class O, int M, int N, class V>
