@@ -9,16 +9,20 @@
 // recurrence has run through a chunk, all workers add the chunk's share to the weight gradients and compute its dx
 // (gradients.h), and hand out those operands where they are wanted. Two buffers take turns: one chunk's recurrence
 // needs the last dgates of the chunk before, and may begin while others still read that.
+//
+// Few hidden units in many rows go band by band of their rows (bands.h): a pass may have some of the ranks only.
 
 // O says what the products multiply (operand.h). A projection multiplies single values, but not for the gradient of its
 // weights.
-template <class Cell, class V, class O = Singles<V>>
+template <class Cell, class Vector, class O = Singles<Vector>>
 struct BackwardPass {
+  using V = Vector;
   using T = typename V::T;
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
   // The tape's last block holds c for the LSTM, h for the others.
   static constexpr int state_block = Cell::tape - 1;
   static constexpr int64_t few_rows = 4;
+  static constexpr int watched_columns = Watch<Cell, V>::columns;
 
   const Backward& p;
   const Storage<V> storage{p.dtype}, state_storage{p.state};
@@ -34,15 +38,18 @@ struct BackwardPass {
   const int64_t loose_w = G * round_up(p.H, 2 * W);
   const bool projected = p.projected;
   const int64_t tape_row = tape_width(traits_of<Cell>(), p.H, p.P, projected);
+  const int64_t first_rank = 0, end_rank = p.B;      // that this pass has
+  const BackwardPass* const weights_from = nullptr;  // who packs the weights; null: this pass
   Split split;
-  Packed<V, 1> w_hh[2];  // [G*Hw, P] for the dh chain
-  Packed<V, 1> w_ih[2];  // [G*Hw, I] for dx
-  Packed<V, 1> w_hr[2];  // [P, H]
-  T* none;               // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
-  bool once;             // one step of few rows: every group of the weights is used once, and packed there and then
-  bool in_place;         // one step of so few rows that the weights are not even packed where they need not be
+  Packed<V, 1> w_hh[2];   // [G*Hw, P] for the dh chain
+  Packed<V, 1> w_ih[2];   // [G*Hw, I] for dx
+  Packed<V, 1> w_hr[2];   // [P, H]
+  T* none;                // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
+  bool once = false;      // one step of few rows: every group of the weights is used once, and packed there and then
+  bool in_place = false;  // one step of so few rows that the weights are not even packed where they need not be
   int64_t chunks;
   int64_t* chunk_begin;  // [chunks + 1] first step of each
+  int64_t* chunk_row;    // [chunks + 1] rows of all before each
   int64_t R, Rl, Rw;     // rows that a buffer has room for; as words of left and right operands of weight gradients
   int64_t longest;       // rows of the largest slice
   int64_t most_steps;    // of a chunk
@@ -116,6 +123,7 @@ struct BackwardPass {
 
   void run(const Team& team) {
     split = choose_split(p, true, traits_of<Cell>(), team.size, units_of<V, O>(Packed<V, 1>::U));
+    if (split.bands > 1) return Bands<BackwardPass>(*this).run(team);
     Workspace workspace;
     lay_out(nullptr);
     lay_out(static_cast<char*>(workspace.reserve(size_t(layout_size))));
@@ -147,7 +155,39 @@ struct BackwardPass {
   }
   static void* operator new(size_t, void* at) { return at; }
 
+  // For bands (bands.h): ranks [first, end) by so many workers, with the weights that `packer` has packed.
+  BackwardPass(const Backward& backward, int64_t first, int64_t end, int count, const BackwardPass* packer)
+      : p(backward), first_rank(first), end_rank(end), weights_from(packer) {
+    split.workers = split.slices = count;
+  }
+  void take_weights(Carve& carve) {
+    const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
+    const int64_t K = G * Hw;
+    for (int d = 0; d < p.D; ++d) {
+      w_hh[d] = {matrix(Packed<V, 1>::count(K, p.P)), K, out_blocks};
+      w_ih[d] = {p.dx.data ? matrix(Packed<V, 1>::count(K, p.I)) : nullptr, K, in_blocks};
+      w_hr[d] = {projected ? matrix(Packed<V, 1>::count(p.P, p.H)) : nullptr, p.P, blocks};
+    }
+  }
+  // This worker's share of the weights.
+  void pack(int64_t worker) const {
+    if (once) return;
+    const Place place(split, worker);
+    T* const unused = nullptr;  // scratch is for sources that are transposed
+    for (int d = 0; d < p.D; ++d) {
+      if (p.dx.data) {
+        const int64_t groups = group_count(w_ih[d]);
+        pack_groups<O>(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
+                       share_of(groups, worker + 1, split.workers), unused);
+      }
+      if (place.idle || (split.directions == 2 && d != place.direction)) continue;
+      pack_share<O>(w_hh[d], source_hh(d), storage, split, place, unused);
+      if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, unused);
+    }
+  }
+
  private:
+  friend struct Bands<BackwardPass>;
   int64_t layout_size = 0;
   Buffer* buffers = nullptr;  // [D][2]
   State* states = nullptr;    // [slices][D]
@@ -156,20 +196,29 @@ struct BackwardPass {
 
   void lay_out(char* memory) {
     Carve carve{memory};
-    longest = ceil_div(p.B, split.slices);
+    longest = ceil_div(end_rank - first_rank, split.slices);
     chunk_begin = carve.take<int64_t>(p.T + 1);
+    chunk_row = carve.take<int64_t>(p.T + 1);
+    const auto begin_chunk = [&](int64_t t, int64_t row) {
+      if (!memory) return;
+      chunk_begin[chunks] = t;
+      chunk_row[chunks] = row;
+    };
     chunks = 0;
     R = most_steps = 0;
-    for (int64_t begin = 0, t = 0; t < p.T; ++t) {  // whole steps, as many as fit, at least one
-      if (t == begin && memory) chunk_begin[chunks] = begin;
-      const int64_t rows = rows_before(p, t + 1) - rows_before(p, begin);
-      if (t + 1 < p.T && rows + active_rows(p, t + 1) <= chunk_rows) continue;
+    int64_t rows_before_chunk = 0;
+    for (int64_t begin = 0, rows = 0, t = 0; t < p.T; ++t) {  // whole steps, as many as fit, at least one
+      if (t == begin) begin_chunk(begin, rows_before_chunk);
+      rows += active(t);
+      if (t + 1 < p.T && rows + active(t + 1) <= chunk_rows) continue;
       R = larger(R, rows);
       most_steps = larger(most_steps, t + 1 - begin);
+      rows_before_chunk += rows;
       begin = t + 1;
+      rows = 0;
       ++chunks;
     }
-    if (memory) chunk_begin[chunks] = p.T;
+    begin_chunk(p.T, rows_before_chunk);
     R += R % 2 == 0;  // or all blocks would fall into the same few sets of the cache
     Rl = O::Left::row_words(R);
     Rl += Rl % 2 == 0;
@@ -178,11 +227,11 @@ struct BackwardPass {
     const int64_t K = G * Hw;
     in_place = p.T == 1 && N <= few_rows && !storage.rounds && !twice && !O::tiled;
     once = p.T == 1 && !O::tiled && (split.workers == 1 ? N <= 48 : in_place);
-    const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
-    for (int d = 0; d < p.D; ++d) {
-      w_hh[d] = {matrix(Packed<V, 1>::count(K, p.P)), K, out_blocks};
-      w_ih[d] = {p.dx.data ? matrix(Packed<V, 1>::count(K, p.I)) : nullptr, K, in_blocks};
-      w_hr[d] = {projected ? matrix(Packed<V, 1>::count(p.P, p.H)) : nullptr, p.P, blocks};
+    if (weights_from == nullptr) take_weights(carve);
+    for (int d = 0; weights_from && d < p.D; ++d) {
+      w_hh[d] = weights_from->w_hh[d];
+      w_ih[d] = weights_from->w_ih[d];
+      w_hr[d] = weights_from->w_hr[d];
     }
     none = carve.take<T>(larger(Hp, Pp));
     if (memory) zero(none, larger(Hp, Pp));
@@ -234,7 +283,7 @@ struct BackwardPass {
     for (int i = 0; i < split.workers; ++i) {
       const Place place(split, i);
       carve.gap();
-      Worker w{Slice(p, split.slices, place.slice)};
+      Worker w{Slice(p, split.slices, place.slice, first_rank, end_rank)};
       w.part = place.part;
       w.idle = place.idle;
       w.first_out = first_block(w_hh[0], place.part, split.parts);
@@ -346,23 +395,15 @@ struct BackwardPass {
   void prepare(int64_t worker) {
     const Place place(split, worker);
     const Worker& w = workers[worker];
-    T* const unused = nullptr;  // scratch is for sources that are transposed
+    if (weights_from == nullptr) pack(worker);
     for (int d = 0; d < p.D; ++d) {
-      if (p.dx.data && !once) {
-        const int64_t groups = group_count(w_ih[d]);
-        pack_groups<O>(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
-                       share_of(groups, worker + 1, split.workers), unused);
-      }
       if (w.idle || (split.directions == 2 && d != place.direction)) continue;
-      if (!once) {
-        pack_share<O>(w_hh[d], source_hh(d), storage, split, place, unused);
-        if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, unused);
-      }
       for (int64_t i = place.part; i < w.slice.count; i += split.parts) load_states(w, d, i);
     }
     if (p.lengths == nullptr || p.packed) return;
-    for (int64_t b = share_of(p.B, worker, split.workers); b < share_of(p.B, worker + 1, split.workers); ++b)
-      for (int64_t t = p.lengths[b]; t < p.T; ++t) {
+    const int64_t ranks = end_rank - first_rank, end = share_of(ranks, worker + 1, split.workers);
+    for (int64_t i = share_of(ranks, worker, split.workers); i < end; ++i)
+      for (int64_t b = row_of(p, first_rank + i), t = p.lengths[b]; t < p.T; ++t) {
         if (p.dx.data) __builtin_memset(dx_row(t, b), 0, size_t(p.I) * dx_size());
         for (int d = 0; d < p.D; ++d)
           over_operands([&](const Operand& o) { zero(operand_row(o, d, t, b), o.slots * o.units); });
@@ -401,13 +442,16 @@ struct BackwardPass {
   const T* tape_at(int d, int64_t t, int64_t rank) const {
     return static_cast<const T*>(p.tape) + (d * N + stored_row(p, t, rank)) * tape_row;
   }
-  // A buffer's rows, like the tape's, are the steps of rank 0, then of rank 1, ... This is a rank's first row in chunk
-  // c.
+  // How many of this pass's ranks, the first ones, are active at step t.
+  int64_t active(int64_t t) const { return larger(smaller(active_rows(p, t), end_rank) - first_rank, int64_t(0)); }
+  // A buffer's rows, like the tape's, are the steps of the first rank, then of the next, ... This is a rank's first row
+  // in chunk c.
   int64_t buffer_row(int64_t c, int64_t rank) const {
     const int64_t begin = chunk_begin[c], n = chunk_begin[c + 1] - begin;
-    if (p.first_row == nullptr) return rank * n;
-    const int64_t whole = smaller(rank, active_rows(p, begin + n - 1));  // ranks above that run through all its steps
-    return whole * n + p.steps_above[rank] - p.steps_above[whole] - (rank - whole) * begin;
+    if (p.first_row == nullptr) return (rank - first_rank) * n;
+    const int64_t all = active_rows(p, begin + n - 1);  // ranks that run through all its steps
+    const int64_t whole = larger(smaller(rank, all), first_rank);
+    return (whole - first_rank) * n + p.steps_above[rank] - p.steps_above[whole] - (rank - whole) * begin;
   }
 
   struct Step {
@@ -460,16 +504,16 @@ struct BackwardPass {
   int64_t dx_size() const { return p.dx_is_compute ? int64_t(sizeof(T)) : storage.size; }
   char* dx_row(int64_t t, int64_t b) const { return bytes(p.dx.data) + row_offset(p, p.dx, t, b) * dx_size(); }
 
-  int64_t rows_of(int64_t c) const { return rows_before(p, chunk_begin[c + 1]) - rows_before(p, chunk_begin[c]); }
+  int64_t rows_of(int64_t c) const { return chunk_row[c + 1] - chunk_row[c]; }
 
   // Calls f(row of the buffer, t, b) for this worker's share of the rows of a chunk.
   template <class F>
   void over_chunk_rows(int64_t worker, int64_t c, const F& f) const {
-    const int64_t begin = chunk_begin[c], ranks = active_rows(p, begin), all = rows_of(c);
+    const int64_t begin = chunk_begin[c], last_rank = first_rank + active(begin) - 1, all = rows_of(c);
     const int64_t end = share_of(all, worker + 1, split.workers);
-    int64_t row = share_of(all, worker, split.workers), rank = row / (chunk_begin[c + 1] - begin);
+    int64_t row = share_of(all, worker, split.workers), rank = first_rank + row / (chunk_begin[c + 1] - begin);
     for (int64_t next = 0; row < end; ++rank) {
-      next = rank + 1 < ranks ? buffer_row(c, rank + 1) : all;
+      next = rank < last_rank ? buffer_row(c, rank + 1) : all;
       for (const int64_t first = buffer_row(c, rank); row < smaller(next, end); ++row)
         f(row, begin + row - first, row_of(p, rank));
     }

@@ -195,7 +195,7 @@ struct ForwardPass {
     for (int i = 0; i < split.recurrent(); ++i) {
       const Place place(split, i);
       carve.gap();
-      Worker w{Slice(p, split.slices, place.slice)};
+      Worker w{Slice(p, split.slices, place.slice, 0, p.B)};
       w.part = place.part;
       w.first = first_block(w_hh[0], place.part, split.parts);
       w.last = first_block(w_hh[0], place.part + 1, split.parts);

@@ -40,23 +40,26 @@ FASTRNN_INLINE bool is_cut(const Layer& p, int d, int64_t t, int64_t b) {
   return t + 1 < length_of(p, b) && p.reset[(t + 1) * p.reset_step + b * p.reset_row];
 }
 
-// The rows of one slice. Neighbours where all rows are equally long; else dealt out in turn, there and back (0 1 1 0 0
-// 1 ...), so that every slice has its share of long rows.
+// The rows of one slice of ranks [first, end). Neighbours where all rows are equally long; else dealt out in turn,
+// there and back (0 1 1 0 0 1 ...), so that every slice has its share of long rows.
 struct Slice {
   int64_t begin, count;
   int64_t index, slices;  // slices is 0 where rows are neighbours
 
-  Slice(const Layer& p, int of, int s) : begin(0), index(s), slices(p.first_row ? of : 0) {
+  Slice(const Layer& p, int of, int s, int64_t first, int64_t end)
+      : begin(first), index(s), slices(p.first_row ? of : 0) {
     if (slices) {
-      count = dealt(p.B);
+      count = dealt(end - first);
     } else {
-      begin = share_of(p.B, s, of);
-      count = share_of(p.B, s + 1, of) - begin;
+      begin += share_of(end - first, s, of);
+      count = share_of(end - first, s + 1, of) - (begin - first);
     }
   }
-  int64_t rank(int64_t i) const { return slices ? i * slices + turn(i) : begin + i; }
+  int64_t rank(int64_t i) const { return begin + (slices ? i * slices + turn(i) : i); }
   // How many rows, the first ones, are active at step t.
-  int64_t active(const Layer& p, int64_t t) const { return slices ? dealt(active_rows(p, t)) : count; }
+  int64_t active(const Layer& p, int64_t t) const {
+    return slices ? smaller(dealt(larger(active_rows(p, t) - begin, int64_t(0))), count) : count;
+  }
 
  private:
   int64_t turn(int64_t round) const { return round % 2 ? slices - 1 - index : index; }

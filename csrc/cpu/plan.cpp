@@ -122,6 +122,24 @@ FASTRNN_EXPORT bool force_split(const char* name) {
   return false;
 }
 
+// Measured: bands pay for sums that a core's cache holds, and that are little beside the rows, for they are written and
+// added up once more. Taller bands cost a row the less, more of them feed more threads.
+int bands_of(const Layer& p, const CellTraits& cell, const Units& units) {
+  constexpr int64_t sums_in_cache = 576 * 1024, sums_in_memory = 8 << 20, of_a_row = 512;
+  if (units.tiled) return 1;
+  const int64_t N = p.first_row ? p.first_row[p.T] : p.T * p.B;
+  const int64_t weights = cell.gates * p.H * (p.I + p.P) + (p.projected ? p.P * p.H : 0);
+  const int64_t sums = weights * (p.dtype == Dtype::f64 ? 8 : 4);
+  if (sums > sums_in_cache) return 1;
+  int64_t most = 1;
+  const int64_t so_many_of_rows[][2] = {{2, 4}, {4, 8}, {8, 16}, {64, 32}};
+  for (const auto& [bands, rows] : so_many_of_rows) most = std::max(most, std::min(bands, p.B / rows));
+  most = std::min({most, N / chunk_rows, std::min(sums_in_memory, of_a_row * N) / std::max<int64_t>(sums, 1)});
+  int bands = 1;
+  while (2 * bands <= most) bands *= 2;
+  return bands;
+}
+
 Split choose_split(const Layer& p, bool backward, const CellTraits& cell, int threads, const Units& units) {
   const int lanes = units.lanes, group = units.group;
   const double blocks = std::ceil(double(p.H) / lanes);
@@ -158,6 +176,15 @@ Split choose_split(const Layer& p, bool backward, const CellTraits& cell, int th
     best.ahead = ahead;
   };
   threads = std::max(1, threads);
+  best.bands = backward ? bands_of(p, cell, units) : 1;
+  if (best.bands > 1) {
+    if (threads > 1 && (cost.us > 2 * start_us || forced.load(std::memory_order_relaxed) > serial))
+      best.workers = best.slices = threads < best.bands ? threads : threads / best.bands * best.bands;
+    cost = evaluate(1, best.slices, 1, false);
+    best.limit = cost.limit;
+    best.us = cost.us;
+    return best;
+  }
   const int side_by_side = p.D == 2 && threads % 2 == 0 ? 2 : 1, share = threads / side_by_side;
   const int wanted = forced.load(std::memory_order_relaxed);
   if (wanted == by_model && threads > 1 && cost.us > 2 * start_us) {
@@ -195,6 +222,7 @@ Wavefront choose_wavefront(const Layer& first, const Layer& upper, int count, bo
   if (count < 2 || threads < 2 || first.T < 2 || first.D == 2 || first.first_row ||
       (wanted != by_model && wanted != wavefront))
     return best;
+  if (backward && (bands_of(first, cell, units) > 1 || bands_of(upper, cell, units) > 1)) return best;
   const auto cost = [&](const Layer& layer, int n) { return choose_split(layer, backward, cell, n, units).us; };
   const double first_alone = cost(first, 1), upper_alone = cost(upper, 1);
   double us = cost(first, threads) + (count - 1) * cost(upper, threads);  // one after the other, each by all threads

@@ -20,6 +20,9 @@ struct Split {
   // weights read last, which the cache still holds, are read first. The price is that the step after such a one begins
   // with the units finished last.
   bool alternate = false;
+  // Back: into how many bands of rows the batch is cut (bands.h). If more than one, workers have whole bands, or bands
+  // so many workers, and slices are as many as all of these.
+  int bands = 1;
   const char* limit = "";  // what bounds a step, by the model
   double us = 0;           // how long the layer takes, by the model
 
@@ -43,6 +46,9 @@ constexpr int64_t folded_input = 4;  // inputs this narrow are multiplied in the
 constexpr int64_t ahead_rows = 16;
 // Back-propagation works on so many rows at a time: whole steps, as many as fit.
 constexpr int64_t chunk_rows = 256;
+
+// The same for every number of threads, for it decides in which order the gradients of weights are summed.
+int bands_of(const Layer& layer, const CellTraits& cell, const Units& units);
 
 // Layers on top of each other, as a wavefront over time (stack.h): groups of layers side by side, which pass on the
 // sequence piece by piece: forward `steps` steps at a time, back `steps` chunks. One group: no wavefront.
