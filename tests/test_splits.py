@@ -43,7 +43,9 @@ VARIANTS = {
 }
 
 
-def case(kind, T, B, H, dtype=torch.float32, bidirectional=False, lengths=False, packed=False, reset=False, **options):
+def case(
+    kind, T, B, H, dtype=torch.float32, bidirectional=False, lengths=False, packed=False, reset=False, I=I, **options
+):
     """A call that returns every result and every gradient of one layer with given states."""
     torch.manual_seed(T + B + H)
     kind, *projected = kind.split()
@@ -93,6 +95,40 @@ def test_no_way_of_sharing_out_changes_a_bit(kind, variant, isa):
         for way in ways:
             with shared_out(*way):
                 assert not differences(call(), expected), (size, way)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
+def test_one_step_of_a_wide_input(kind, variant, isa):
+    """Its gradient is shared out by columns, of few rows."""
+    for B, H, wide in ((3, 70, 300), (33, 130, 200), (70, 40, 515)):
+        call = case(kind, 1, B, H, I=wide, **VARIANTS[variant])
+        with shared_out("serial", 1):
+            expected = call()
+        for way in (("batch", 2), ("hidden", 2), ("hidden", 3), ("", 2), ("", 3), ("", 16)):
+            with shared_out(*way):
+                assert not differences(call(), expected), (B, H, wide, way)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
+def test_one_step_of_few_rows_is_one_of_many(kind, isa):
+    """Of few, weights are packed as they are used; of many, before."""
+    kind, *projected = kind.split()
+    rnn = build(kind, 200, 130, bidirectional=True, **({"proj_size": 41} if projected else {}))
+    x = torch.randn(1, 300, 200)
+    hx = [torch.randn(2, 300, n) for n in ((41 if projected else 130, 130) if kind == "LSTM" else (130,))]
+
+    def gradients(rows):
+        leaves = [t[:, rows].clone().requires_grad_() for t in (x, *hx)]
+        output = rnn(leaves[0], tuple(leaves[1:]) if kind == "LSTM" else leaves[1])[0]
+        return torch.autograd.grad(output, leaves, torch.linspace(-1, 1, output.shape[-1]).expand_as(output))
+
+    for threads in (1, 2):
+        with shared_out("", threads):
+            many = gradients(slice(300))
+            for rows in (slice(0, 40), slice(50, 300), slice(7, 17)):
+                for few, of_many in zip(gradients(rows), many, strict=True):
+                    assert few.equal(of_many[:, rows]), (threads, rows)
 
 
 def test_the_sizes_give_every_way_real_work():

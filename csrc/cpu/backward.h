@@ -21,7 +21,7 @@ struct BackwardPass {
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
   // The tape's last block holds c for the LSTM, h for the others.
   static constexpr int state_block = Cell::tape - 1;
-  static constexpr int64_t few_rows = 4;
+  static constexpr int64_t few_rows = 4, once_rows = 256;
   static constexpr int watched_columns = Watch<Cell, V>::columns;
 
   const Backward& p;
@@ -41,12 +41,14 @@ struct BackwardPass {
   const int64_t first_rank = 0, end_rank = p.B;      // that this pass has
   const BackwardPass* const weights_from = nullptr;  // who packs the weights; null: this pass
   Split split;
-  Packed<V, 1> w_hh[2];   // [G*Hw, P] for the dh chain
-  Packed<V, 1> w_ih[2];   // [G*Hw, I] for dx
-  Packed<V, 1> w_hr[2];   // [P, H]
-  T* none;                // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
-  bool once = false;      // one step of few rows: every group of the weights is used once, and packed there and then
-  bool in_place = false;  // one step of so few rows that the weights are not even packed where they need not be
+  Packed<V, 1> w_hh[2];  // [G*Hw, P] for the dh chain
+  Packed<V, 1> w_ih[2];  // [G*Hw, I] for dx
+  Packed<V, 1> w_hr[2];  // [P, H]
+  T* none;               // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
+  // One step of few rows: every group of the weights is used once, by one worker, and packed there and then.
+  bool once = false;
+  bool by_columns = false;  // whether workers share dx out by its columns, not its rows
+  bool in_place = false;    // one step of so few rows that the weights are not even packed where they need not be
   int64_t chunks;
   int64_t* chunk_begin;  // [chunks + 1] first step of each
   int64_t* chunk_row;    // [chunks + 1] rows of all before each
@@ -226,7 +228,8 @@ struct BackwardPass {
     Rw += !O::tiled && Rw % 2 == 0;
     const int64_t K = G * Hw;
     in_place = p.T == 1 && N <= few_rows && !storage.rounds && !twice && !O::tiled;
-    once = p.T == 1 && !O::tiled && (split.workers == 1 ? N <= 48 : in_place);
+    by_columns = p.T == 1 && !O::tiled && N <= once_rows && ceil_div(in_blocks, Packed<V, 1>::U) >= split.workers;
+    once = in_place || (p.T == 1 && !O::tiled && N <= once_rows && split.slices == 1 && (by_columns || !p.dx.data));
     if (weights_from == nullptr) take_weights(carve);
     for (int d = 0; weights_from && d < p.D; ++d) {
       w_hh[d] = weights_from->w_hh[d];
@@ -506,12 +509,20 @@ struct BackwardPass {
 
   int64_t rows_of(int64_t c) const { return chunk_row[c + 1] - chunk_row[c]; }
 
-  // Calls f(row of the buffer, t, b) for this worker's share of the rows of a chunk.
+  // Calls f(row of the buffer, t, b) for this worker's share of the rows of a chunk; for all of them.
   template <class F>
   void over_chunk_rows(int64_t worker, int64_t c, const F& f) const {
+    over_chunk_rows(worker, split.workers, c, f);
+  }
+  template <class F>
+  void over_all_rows(int64_t c, const F& f) const {
+    over_chunk_rows(0, 1, c, f);
+  }
+  template <class F>
+  void over_chunk_rows(int64_t share, int64_t shares, int64_t c, const F& f) const {
     const int64_t begin = chunk_begin[c], last_rank = first_rank + active(begin) - 1, all = rows_of(c);
-    const int64_t end = share_of(all, worker + 1, split.workers);
-    int64_t row = share_of(all, worker, split.workers), rank = first_rank + row / (chunk_begin[c + 1] - begin);
+    const int64_t end = share_of(all, share + 1, shares);
+    int64_t row = share_of(all, share, shares), rank = first_rank + row / (chunk_begin[c + 1] - begin);
     for (int64_t next = 0; row < end; ++rank) {
       next = rank < last_rank ? buffer_row(c, rank + 1) : all;
       for (const int64_t first = buffer_row(c, rank); row < smaller(next, end); ++row)
@@ -559,5 +570,6 @@ struct BackwardPass {
   void input_gradient(int64_t worker, int d, int64_t k, int64_t c, const Buffer& b);
 
   template <class F>
-  void vector_input_gradient(const Worker& w, int d, int64_t count, const T* dgates, const F& put_dx) const;
+  void vector_input_gradient(const Worker& w, int d, int64_t begin, int64_t end, int64_t count, const T* dgates,
+                             const F& put_dx) const;
 };

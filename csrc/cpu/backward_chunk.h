@@ -90,15 +90,20 @@ void BackwardPass<Cell, V, O>::hand_out(int64_t worker, int d, int64_t c, const 
   });
 }
 
-// dx of this worker's share of a chunk's rows: dgates W_ih, added to the other direction's if that was here before.
+// dx of this worker's share of a chunk's rows, or of its columns: dgates W_ih, added to the other direction's if that
+// was here before.
 template <class Cell, class V, class O>
 void BackwardPass<Cell, V, O>::input_gradient(int64_t worker, int d, int64_t k, int64_t c, const Buffer& b) {
   const Worker& w = workers[worker];
   int64_t first = -1, count = 0;
-  over_chunk_rows(worker, c, [&](int64_t row, int64_t t, int64_t at) {
+  const auto take = [&](int64_t row, int64_t t, int64_t at) {
     if (first < 0) first = row;
     w.dx[count++] = dx_row(t, at);
-  });
+  };
+  if (by_columns)
+    over_all_rows(c, take);
+  else
+    over_chunk_rows(worker, c, take);
   // Side by side, the directions come from both ends and meet in the middle, where direction 0 goes first.
   const bool add = p.D == 2 && (split.directions == 1 ? d == 1 : d == 0 ? c < k : chunks - 1 - c <= k);
   const T* dgates = b.dgates + (X * blocks * R + first) * Ww;
@@ -111,15 +116,18 @@ void BackwardPass<Cell, V, O>::input_gradient(int64_t worker, int d, int64_t k, 
   };
   if constexpr (O::tiled)
     tiled_input_gradient(w, d, count, dgates, put_dx);
+  else if (by_columns)
+    vector_input_gradient(w, d, first_block(w_ih[d], worker, split.workers),
+                          first_block(w_ih[d], worker + 1, split.workers), count, dgates, put_dx);
   else
-    vector_input_gradient(w, d, count, dgates, put_dx);
+    vector_input_gradient(w, d, 0, in_blocks, count, dgates, put_dx);
 }
 
 template <class Cell, class V, class O>
 template <class F>
-void BackwardPass<Cell, V, O>::vector_input_gradient(const Worker& w, int d, int64_t count, const T* dgates,
-                                                     const F& put_dx) const {
-  over_groups<Packed<V, 1>::U>(0, in_blocks, [&](auto u, int64_t block) {
+void BackwardPass<Cell, V, O>::vector_input_gradient(const Worker& w, int d, int64_t begin, int64_t end, int64_t count,
+                                                     const T* dgates, const F& put_dx) const {
+  over_groups<Packed<V, 1>::U>(begin, end, [&](auto u, int64_t block) {
     constexpr int U = decltype(u)::value;
     const T* group = nullptr;
     if (!in_place || (block + U) * W > p.I)
