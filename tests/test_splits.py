@@ -99,23 +99,24 @@ def test_no_way_of_sharing_out_changes_a_bit(kind, variant, isa):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
-def test_one_step_of_a_wide_input(kind, variant, isa):
-    """Its gradient is shared out by columns, of few rows."""
-    for B, H, wide in ((3, 70, 300), (33, 130, 200), (70, 40, 515)):
-        call = case(kind, 1, B, H, I=wide, **VARIANTS[variant])
+def test_few_rows_of_a_wide_input(kind, variant, isa):
+    """Its gradient is shared out by columns."""
+    for T, B, H, wide in ((1, 3, 70, 300), (1, 33, 130, 200), (1, 70, 40, 515), (9, 4, 70, 300), (50, 1, 33, 130)):
+        call = case(kind, T, B, H, I=wide, **VARIANTS[variant])
         with shared_out("serial", 1):
             expected = call()
         for way in (("batch", 2), ("hidden", 2), ("hidden", 3), ("", 2), ("", 3), ("", 16)):
             with shared_out(*way):
-                assert not differences(call(), expected), (B, H, wide, way)
+                assert not differences(call(), expected), (T, B, H, wide, way)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
-def test_one_step_of_few_rows_is_one_of_many(kind, isa):
+@pytest.mark.parametrize("T", [1, 4])
+def test_few_rows_are_some_of_many(kind, T, isa):
     """Of few, weights are packed as they are used; of many, before."""
     kind, *projected = kind.split()
     rnn = build(kind, 200, 130, bidirectional=True, **({"proj_size": 41} if projected else {}))
-    x = torch.randn(1, 300, 200)
+    x = torch.randn(T, 300, 200)
     hx = [torch.randn(2, 300, n) for n in ((41 if projected else 130, 130) if kind == "LSTM" else (130,))]
 
     def gradients(rows):

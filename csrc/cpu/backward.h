@@ -21,7 +21,7 @@ struct BackwardPass {
   static constexpr int W = V::lanes, G = Cell::gates, S = Cell::slots, X = Cell::x_first;
   // The tape's last block holds c for the LSTM, h for the others.
   static constexpr int state_block = Cell::tape - 1;
-  static constexpr int64_t few_rows = 4, once_rows = 256;
+  static constexpr int64_t few_rows = 4;
   static constexpr int watched_columns = Watch<Cell, V>::columns;
 
   const Backward& p;
@@ -45,7 +45,8 @@ struct BackwardPass {
   Packed<V, 1> w_ih[2];  // [G*Hw, I] for dx
   Packed<V, 1> w_hr[2];  // [P, H]
   T* none;               // [larger(Hp, Pp)] zeros: the state before the first step, or after a cut
-  // One step of few rows: every group of the weights is used once, by one worker, and packed there and then.
+  // What few rows multiply only once, each group of it by one worker, is packed there and then: the weights of one
+  // step, the input's of one chunk.
   bool once = false;
   bool by_columns = false;  // whether workers share dx out by its columns, not its rows
   bool in_place = false;    // one step of so few rows that the weights are not even packed where they need not be
@@ -163,26 +164,25 @@ struct BackwardPass {
     split.workers = split.slices = count;
   }
   void take_weights(Carve& carve) {
-    const auto matrix = [&](int64_t values) { return once ? nullptr : carve.take<T>(values); };
+    const auto matrix = [&](bool is_kept, int64_t values) { return is_kept ? carve.take<T>(values) : nullptr; };
     const int64_t K = G * Hw;
     for (int d = 0; d < p.D; ++d) {
-      w_hh[d] = {matrix(Packed<V, 1>::count(K, p.P)), K, out_blocks};
-      w_ih[d] = {p.dx.data ? matrix(Packed<V, 1>::count(K, p.I)) : nullptr, K, in_blocks};
-      w_hr[d] = {projected ? matrix(Packed<V, 1>::count(p.P, p.H)) : nullptr, p.P, blocks};
+      w_hh[d] = {matrix(!once, Packed<V, 1>::count(K, p.P)), K, out_blocks};
+      w_ih[d] = {matrix(p.dx.data && !once && !by_columns, Packed<V, 1>::count(K, p.I)), K, in_blocks};
+      w_hr[d] = {matrix(projected && !once, Packed<V, 1>::count(p.P, p.H)), p.P, blocks};
     }
   }
   // This worker's share of the weights.
   void pack(int64_t worker) const {
-    if (once) return;
     const Place place(split, worker);
     T* const unused = nullptr;  // scratch is for sources that are transposed
     for (int d = 0; d < p.D; ++d) {
-      if (p.dx.data) {
+      if (w_ih[d].data) {
         const int64_t groups = group_count(w_ih[d]);
         pack_groups<O>(w_ih[d], source_ih(d), storage, share_of(groups, worker, split.workers),
                        share_of(groups, worker + 1, split.workers), unused);
       }
-      if (place.idle || (split.directions == 2 && d != place.direction)) continue;
+      if (once || place.idle || (split.directions == 2 && d != place.direction)) continue;
       pack_share<O>(w_hh[d], source_hh(d), storage, split, place, unused);
       if (projected) pack_share<Singles<V>>(w_hr[d], source_hr(d), storage, split, place, unused);
     }
@@ -228,8 +228,9 @@ struct BackwardPass {
     Rw += !O::tiled && Rw % 2 == 0;
     const int64_t K = G * Hw;
     in_place = p.T == 1 && N <= few_rows && !storage.rounds && !twice && !O::tiled;
-    by_columns = p.T == 1 && !O::tiled && N <= once_rows && ceil_div(in_blocks, Packed<V, 1>::U) >= split.workers;
-    once = in_place || (p.T == 1 && !O::tiled && N <= once_rows && split.slices == 1 && (by_columns || !p.dx.data));
+    const bool few = !O::tiled && chunks == 1 && rows_before_chunk <= chunk_rows;
+    by_columns = few && ceil_div(in_blocks, Packed<V, 1>::U) >= split.workers;
+    once = in_place || (few && p.T == 1 && split.slices == 1 && (by_columns || !p.dx.data));
     if (weights_from == nullptr) take_weights(carve);
     for (int d = 0; weights_from && d < p.D; ++d) {
       w_hh[d] = weights_from->w_hh[d];
@@ -295,7 +296,7 @@ struct BackwardPass {
       w.last = projected ? first_block(w_hr[0], place.part + 1, split.parts) : w.last_out;
       w.rows = carve.take<Row>(longest);
       w.dx = carve.take<char*>(p.dx.data ? R : 0);
-      w.panel = carve.take<T>(once ? larger(K, p.P) * group_vectors * W : 0);
+      w.panel = carve.take<T>(once || by_columns ? larger(K, p.P) * group_vectors * W : 0);
       if (O::tiled) {
         w.loose = carve.take<T>(loose_w);
         const int64_t of_step = O::keeps_small ? longest + O::row_beyond : 0;
