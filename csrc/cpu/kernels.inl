@@ -50,6 +50,7 @@ constexpr int accumulators = 8, tall_rows = 2, tall_rows_of_three = 2;
 #include "watch.h"
 #include "bands.h"
 #include "backward.h"
+#include "backward_memory.h"
 #include "backward_step.h"
 #include "backward_chunk.h"
 #ifdef FASTRNN_ISA_AMX
