@@ -110,9 +110,13 @@ def call(kind, B, T, H, dtype=torch.float32, lengths=None, packed=False, reset=F
 @pytest.mark.parametrize("kind", KINDS_AND_PROJECTED)
 def test_any_thread_count(kind, variant, isa):
     """Fewer threads than bands, as many, and several for each band."""
-    for B, T, H in ((8, 70, 20), (33, 64, 17), (150, 15, 9)):
+    sizes = [(8, 70, 20), (33, 64, 17), (150, 15, 9)]
+    ways = [("", 1), ("", 2), ("", 3), ("", 4), ("", 9), ("", 16), ("hidden", 3), ("wavefront", 2)]
+    if isa not in ("avx512", ISAS[-1]):  # the others have the same code
+        sizes, ways = [sizes[list(VARIANTS).index(variant) % 3]], ways[:1] + ways[1::3]
+    for B, T, H in sizes:
         found = []
-        for split, threads in (("", 1), ("", 2), ("", 3), ("", 4), ("", 9), ("", 16), ("hidden", 3), ("wavefront", 2)):
+        for split, threads in ways:
             with shared_out(split, threads):
                 found.append(call(kind, B, T, H, **VARIANTS[variant]))
         for other in found[1:]:

@@ -101,7 +101,10 @@ def test_no_way_of_sharing_out_changes_a_bit(kind, variant, isa):
 @pytest.mark.parametrize("kind", [*KINDS, "LSTM projected"])
 def test_few_rows_of_a_wide_input(kind, variant, isa):
     """Its gradient is shared out by columns."""
-    for T, B, H, wide in ((1, 3, 70, 300), (1, 33, 130, 200), (1, 70, 40, 515), (9, 4, 70, 300), (50, 1, 33, 130)):
+    sizes = [(1, 3, 70, 300), (1, 33, 130, 200), (1, 70, 40, 515), (9, 4, 70, 300), (50, 1, 33, 130)]
+    if isa not in ("avx512", _C.isas()[-1]):  # the others have the same code
+        sizes = sizes[list(VARIANTS).index(variant) % 2 :: 2]
+    for T, B, H, wide in sizes:
         call = case(kind, T, B, H, I=wide, **VARIANTS[variant])
         with shared_out("serial", 1):
             expected = call()
